@@ -1,0 +1,334 @@
+"""Run a plan on a model: check all of it first, then carry it out wave by wave, keeping every finished wave.
+
+Calibration is block-sequential: a block is compressed with the inputs that it will really get, those that come out of
+the compressed blocks before it. A wave is what is compressed between two measurements: the layers before a tower's
+first block, each block, and last the layers after all towers (the head).
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packlight.errors import PlanError
+from packlight.families import Batch, Tower
+from packlight.layers import Edit, matrix
+from packlight.model import Model
+from packlight.observe import grams
+from packlight.plan import Plan, StepRecord, write_json
+from packlight.quant import distortion
+from packlight.tables import TECHNIQUES
+from packlight.techniques import Compressed, Technique
+
+log = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one layer gets: a technique with its settings."""
+
+    technique: Technique
+    config: Any
+
+
+def check(plan: Plan, model: Model, calibration: str | None = None) -> dict[str, Assignment]:
+    """Check a whole plan against a model before any work.
+
+    Args:
+        plan: the plan.
+        model: the model that it is for, not yet edited.
+        calibration: sha256 of the calibration samples at hand, None when there are none.
+
+    Returns:
+        path -> assignment, for every layer that a step takes.
+
+    Raises:
+        PlanError: unknown technique or setting, a value out of range, a scope that names no layer, a table and its
+            tied head in different steps, another family, missing or other calibration samples.
+    """
+    if plan.family != model.family.name:
+        raise PlanError(f"The plan was made for the family {plan.family}; this model is of {model.family.name}.")
+    steps = [(step, *_technique(step.technique, step.config, i)) for i, step in enumerate(plan.steps, 1)]
+    layers = model.layers()
+    found: dict[str, Assignment] = {}
+    for path in layers:
+        for step, technique, config in steps:
+            if step.takes(path):
+                found[path] = Assignment(technique, config)
+                break
+    names = [*layers, *(name for name, _ in model.module.named_parameters())]
+    for number, step in enumerate(plan.steps, 1):
+        if not any(step.takes(name) for name in names):
+            raise PlanError(
+                f"Step {number} ({step.technique}) names {', '.join(step.scope)}, but no layer has such a path. "
+                "`packlight inspect --layers` lists the paths."
+            )
+    for table, head in model.family.tied:
+        if found.get(table) != found.get(head) and _is_tied(model.module, table, head):
+            raise PlanError(f"{table} and {head} share their weights, so one step must take both.")
+    for path, assignment in found.items():
+        if assignment.technique.name != "float16":
+            matrix(layers[path])  # raises for kinds of layers that can't be compressed
+    _check_calibration(plan, found, calibration)
+    return found
+
+
+def _technique(name: str, config: dict[str, Any], number: int) -> tuple[Technique, Any]:
+    if name not in TECHNIQUES:
+        raise PlanError(f"Step {number} names the technique {name!r}. Known: {', '.join(TECHNIQUES)}.")
+    technique = TECHNIQUES[name]
+    known = [f.name for f in fields(technique.config)]
+    unknown = sorted(set(config) - set(known))
+    if unknown:
+        raise PlanError(f"Step {number}: {name} has no setting {', '.join(unknown)}. It has: {', '.join(known) or 'none'}.")
+    try:
+        return technique, technique.config(**config)
+    except PlanError as error:
+        raise PlanError(f"Step {number} ({name}): {error}") from None
+    except TypeError as error:
+        raise PlanError(f"Step {number} ({name}): a setting has the wrong type ({error}).") from None
+
+
+def _check_calibration(plan: Plan, found: dict[str, Assignment], calibration: str | None) -> None:
+    needing = sorted({a.technique.name for a in found.values() if "gram" in a.technique.needs})
+    if needing and calibration is None:
+        raise PlanError(f"The plan uses {', '.join(needing)}, which needs calibration samples. Name them with --data.")
+    wanted = plan.calibration.get("sha256")
+    if needing and wanted and wanted != calibration:
+        raise PlanError(
+            f"The plan was made with the calibration samples {wanted[:12]}, those given are {calibration[:12]}: the "  # type: ignore[index]
+            "result would differ. Name the same samples, or drop 'calibration' from the plan to go on with these."
+        )
+
+
+def _is_tied(module: nn.Module, table: str, head: str) -> bool:
+    first, second = module.get_submodule(table), module.get_submodule(head)
+    return getattr(first, "weight", None) is getattr(second, "weight", 0)
+
+
+def compress_(
+    model: Model, plan: Plan, batches: Sequence[Batch], work: Path, progress: Progress | None = None
+) -> list[StepRecord]:
+    """Carry out a plan on a model, in place.
+
+    Args:
+        model: the original; it is changed.
+        plan: checked by `check`.
+        batches: calibration batches, in a fixed order.
+        work: folder that keeps finished waves; a later call with the same plan goes on after them.
+        progress: called with (what, done, total).
+
+    Returns:
+        a record per layer.
+    """
+    found = check(plan, model, plan.calibration.get("sha256") or ("given" if batches else None))
+    work.mkdir(parents=True, exist_ok=True)
+    total = sum(1 for _ in _wave_names(model))
+    records: list[StepRecord] = []
+    torch.manual_seed(plan.seed)
+    need = any("gram" in a.technique.needs for a in found.values())
+    tied = {head: table for table, head in model.family.tied if _is_tied(model.module, table, head)}
+    with torch.inference_mode(False), torch.no_grad():
+        for number, (layers, sums) in enumerate(_waves(model, batches if need else [], work)):
+            records += _wave(model, layers, sums, found, tied, work / f"wave_{number:03d}")
+            if progress:
+                progress("compressing", number + 1, total)
+        _round_floats(model, plan)
+    return records
+
+
+Measure = Callable[[], dict[str, Tensor]]
+
+
+def _wave_names(model: Model) -> Iterator[str]:
+    for tower in model.family.towers:
+        yield tower.name
+        yield from (f"{tower.name} {i}" for i in range(len(model.module.get_submodule(tower.blocks))))
+    yield "head"
+
+
+def _waves(model: Model, batches: Sequence[Batch], work: Path) -> Iterator[tuple[list[str], Measure]]:
+    """(paths of a wave's layers, function that measures their Gram matrices), each after the waves before it.
+
+    The measurement is a function because a wave that an earlier run finished does not need it.
+    """
+    module, family = model.module, model.family
+    layers = model.layers()
+    heads = {head for _, head in family.tied}
+    tables = {table for table, _ in family.tied}
+    for index, tower in enumerate(family.towers):
+        blocks = module.get_submodule(tower.blocks)
+        inside = tuple(f"{tower.blocks}.")
+        root = tower.blocks.rpartition(".")[0] + "."
+        front = [
+            p for p in layers if p.startswith(root) and not p.startswith("".join(inside)) and p not in heads | tables
+        ]
+
+        def measure_front(front: list[str] = front, tower: Tower = tower) -> dict[str, Tensor]:
+            with grams(_watched(module, front)) as sums:
+                _inputs_of_block(module, family.run, batches, tower, 0)
+            return sums
+
+        yield front, measure_front
+        carried: list[Any] = []  # inputs of the next block, or empty when they must be found afresh
+        for i in range(len(blocks)):
+            paths = [p for p in layers if p.startswith(f"{tower.blocks}.{i}.")]
+            state = {"measured": False}
+
+            def measure(
+                i: int = i, paths: list[str] = paths, tower: Tower = tower, state: dict[str, bool] = state
+            ) -> dict[str, Tensor]:
+                if not carried:
+                    carried.extend(_inputs_of_block(module, family.run, batches, tower, i))
+                with grams(_watched(module, paths)) as sums:
+                    _run_block(module.get_submodule(f"{tower.blocks}.{i}"), carried)
+                state["measured"] = True
+                return sums
+
+            yield paths, measure
+            if state["measured"]:
+                carried[:] = _run_block(module.get_submodule(f"{tower.blocks}.{i}"), carried)
+        if index == 0 and batches:
+            batches = [family.encode(module, batch) for batch in batches]
+    last = [p for p in layers if p in heads | tables]
+
+    def measure_head() -> dict[str, Tensor]:
+        with grams(_watched(module, [p for p in last if p in heads])) as sums:
+            for batch in batches:
+                family.run(module, batch)
+        return sums
+
+    yield last, measure_head
+
+
+def _watched(module: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
+    found = {p: module.get_submodule(p) for p in paths}
+    return {p: layer for p, layer in found.items() if isinstance(layer, nn.Linear | nn.Conv1d)}
+
+
+class _Reached(Exception):  # noqa: N818 - not an error: the pass has gone as far as it was wanted
+    pass
+
+
+def _inputs_of_block(
+    module: nn.Module, run: Callable[[nn.Module, Batch], Tensor], batches: Sequence[Batch], tower: Tower, index: int
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The arguments with which a block is called, for each batch. The pass stops there."""
+    caught: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def catch(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append((args, kwargs))
+        raise _Reached
+
+    handle = module.get_submodule(f"{tower.blocks}.{index}").register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        for batch in batches:
+            try:
+                run(module, batch)
+            except _Reached:
+                continue
+    finally:
+        handle.remove()
+    return caught
+
+
+def _run_block(block: nn.Module, inputs: Sequence[Any]) -> list[Any]:
+    """Run a block on what was caught; its output takes the place of its first argument."""
+    result = []
+    for args, kwargs in inputs:
+        out = block(*args, **kwargs)
+        out = out[0] if isinstance(out, tuple) else out
+        result.append(((out, *args[1:]), kwargs))
+    return result
+
+
+def _wave(
+    model: Model, paths: list[str], measure: Measure, found: dict[str, Assignment], tied: dict[str, str], kept: Path
+) -> list[StepRecord]:
+    """Compress the layers of one wave, or take what an earlier run kept of it."""
+    from safetensors.torch import load_file, save_file
+
+    done = kept.with_suffix(".json")
+    if done.is_file():
+        values = json.loads(done.read_text())
+        tensors = load_file(kept.with_suffix(".safetensors"))
+        for entry in values["edits"]:
+            _fill_(model, Edit(**entry), tensors)
+        return [StepRecord(**r) for r in values["records"]]
+    needed = [p for p in paths if p in found and "gram" in found[p].technique.needs]
+    sums = measure() if needed else {}
+    for head, table in tied.items():  # rows of the table are the outputs of its head
+        if head in sums:
+            sums[table] = sums[head]
+    edits: list[Edit] = []
+    tensors = {}
+    records = []
+    for path in sorted(paths, key=lambda p: p in tied):  # a table before the head that shares it
+        if path not in found:
+            continue
+        edit, made, record = _layer(model, path, found[path], sums.get(path), tied)
+        edits.append(edit)
+        tensors.update({f"{path}.{name}": tensor for name, tensor in made.items()})
+        records.append(record)
+    for edit in edits:
+        _fill_(model, edit, tensors)
+    save_file(tensors, kept.with_suffix(".safetensors"))
+    write_json(done, {"edits": [asdict(e) for e in edits], "records": [asdict(r) for r in records]})
+    return records
+
+
+def _layer(
+    model: Model, path: str, assignment: Assignment, gram: Tensor | None, tied: dict[str, str]
+) -> tuple[Edit, dict[str, Tensor], StepRecord]:
+    weight = matrix(model.module.get_submodule(path)) if assignment.technique.name != "float16" else None
+    if weight is None:
+        layer = model.module.get_submodule(path)
+        weight = layer.weight.detach().reshape(layer.weight.shape[0], -1)  # type: ignore[union-attr, operator]
+    part = model.family.part_of(path)
+    name = part.name if part else "other"
+    if path in tied:
+        kind = "float" if assignment.technique.name == "float16" else _kind(assignment)
+        args = {**_args(assignment), "tied": tied[path]}
+        return Edit(path, kind, args), {}, StepRecord(path, name, assignment.technique.name, 0, 0.0, 0.0)
+    made: Compressed = assignment.technique.layer(weight, gram, assignment.config)
+    loss = distortion(weight, made.approximation, gram)
+    record = StepRecord(path, name, assignment.technique.name, weight.numel(), round(made.rate, 4), float(f"{loss:.4g}"))
+    return Edit(path, made.kind, made.args), made.tensors, record
+
+
+def _kind(assignment: Assignment) -> str:
+    return "groups" if assignment.technique.name == "group_weights" else "codes"
+
+
+def _args(assignment: Assignment) -> dict[str, Any]:
+    config = assignment.config
+    if assignment.technique.name == "group_weights":
+        return {"bits": config.bits, "group": config.group}
+    return {"int8_activations": getattr(config, "activations", "") == "int8"}
+
+
+def _fill_(model: Model, edit: Edit, tensors: dict[str, Tensor]) -> None:
+    if edit.kind == "float":
+        if "tied" not in edit.args:
+            weight = model.module.get_submodule(edit.path).weight
+            weight.data.copy_(tensors[f"{edit.path}.weight"].reshape(weight.shape))  # type: ignore[union-attr, operator]
+        return
+    layer = model.edit_(edit)
+    if "tied" not in edit.args:
+        for name, buffer in layer.named_buffers():
+            buffer.copy_(tensors[f"{edit.path}.{name}"])
+
+
+def _round_floats(model: Model, plan: Plan) -> None:
+    """Round norms and biases to float16 where a float16 step takes them, so that the file holds them exactly."""
+    steps = [s for s in plan.steps if s.technique == "float16"]
+    for name, parameter in model.module.named_parameters():
+        if any(step.takes(name) for step in steps):
+            limit = torch.finfo(torch.float16).max
+            parameter.data.copy_(parameter.data.clamp(-limit, limit).half().float())

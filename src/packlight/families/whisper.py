@@ -1,0 +1,393 @@
+"""Whisper: speech to text. Every checkpoint from tiny to large-v3-turbo, English-only or multilingual.
+
+Radford et al. 2022, arXiv 2212.04356. The encoder sees 30 s of log-mel frames; the decoder's table of tokens is also
+its head. Cross keys and values depend on the audio only, so the exported encoder returns them once and the exported
+decoder takes them in.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from packlight.errors import DataError, ModelError
+from packlight.families import Batch, Family, Graph, Part, Tower
+from packlight.families.ctranslate2 import config_values, is_ctranslate2, read_variables, state_dict
+
+RATE = 16000
+_LANGUAGE = re.compile(r"^<\|([a-z]{2,3})\|>$")
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def read(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any], str]:
+    """Read a Whisper folder of transformers or of CTranslate2.
+
+    Returns:
+        (WhisperForConditionalGeneration in float32, generation settings, text of tokenizer.json).
+
+    Raises:
+        ModelError: damaged weights, or no tokenizer.
+    """
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    if is_ctranslate2(folder):
+        variables = read_variables(folder / "model.bin")
+        values, settings = config_values(variables, folder)
+        module = WhisperForConditionalGeneration(WhisperConfig(**values))
+        missing, unexpected = module.load_state_dict(state_dict(variables), strict=False)
+        if missing or unexpected:
+            raise ModelError(f"{folder / 'model.bin'} is no Whisper model we know: {(missing + unexpected)[:3]}.")
+        module.tie_weights()
+    else:
+        try:
+            module = WhisperForConditionalGeneration.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, dtype=torch.float32
+            )
+        except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+            raise ModelError(f"transformers can't build the model in {folder}: {str(error).splitlines()[0]}") from None
+        settings = _settings(folder, config, module)
+    tokenizer = _tokenizer_json(folder)
+    settings.update(_ids_from_tokenizer(tokenizer, settings))
+    _set_generation(module, settings)
+    return module.eval(), settings, tokenizer
+
+
+def _settings(folder: Path, config: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    file = folder / "generation_config.json"
+    found = {**config, **(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})}
+    vocabulary = module.config.vocab_size
+    return {
+        "suppress_tokens": list(found.get("suppress_tokens") or []),
+        "begin_suppress_tokens": list(found.get("begin_suppress_tokens") or []),
+        "no_timestamps_token_id": found.get("no_timestamps_token_id", vocabulary - 1502),
+        "is_multilingual": bool(found.get("is_multilingual", vocabulary >= 51865)),
+        "decoder_start_token_id": found["decoder_start_token_id"],
+        "eos_token_id": found["eos_token_id"],
+        "max_initial_timestamp_index": found.get("max_initial_timestamp_index") or 50,
+    }
+
+
+def _tokenizer_json(folder: Path) -> str:
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    from transformers import AutoTokenizer
+
+    try:
+        return str(AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer.to_str())
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder} has no tokenizer.json and none can be made ({str(error).splitlines()[0]}).") from None
+
+
+def _ids_from_tokenizer(tokenizer: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Ids of languages and tasks; empty for English-only models, whose tokenizer names languages it never uses."""
+    if not settings["is_multilingual"]:
+        return {"lang_to_id": {}, "task_to_id": {}}
+    added = {token["content"]: token["id"] for token in json.loads(tokenizer)["added_tokens"]}
+    languages = {m[1]: i for t, i in added.items() if (m := _LANGUAGE.match(t)) and i > settings["eos_token_id"]}
+    tasks = {task: added[f"<|{task}|>"] for task in ("transcribe", "translate") if f"<|{task}|>" in added}
+    return {"lang_to_id": languages, "task_to_id": tasks}
+
+
+def _set_generation(module: nn.Module, settings: dict[str, Any]) -> None:
+    """Give the module the generation settings that transformers' `generate` reads."""
+    from transformers import GenerationConfig
+
+    multilingual = settings["is_multilingual"]
+    module.generation_config = GenerationConfig(
+        decoder_start_token_id=settings["decoder_start_token_id"],
+        bos_token_id=settings["eos_token_id"],
+        eos_token_id=settings["eos_token_id"],
+        pad_token_id=settings["eos_token_id"],
+        suppress_tokens=settings["suppress_tokens"] or None,
+        begin_suppress_tokens=settings["begin_suppress_tokens"] or None,
+        no_timestamps_token_id=settings["no_timestamps_token_id"],
+        max_initial_timestamp_index=settings["max_initial_timestamp_index"],
+        max_length=module.config.max_target_positions,
+        is_multilingual=multilingual,
+        return_timestamps=False,
+        **({"lang_to_id": {f"<|{k}|>": v for k, v in settings["lang_to_id"].items()}} if multilingual else {}),
+        **({"task_to_id": settings["task_to_id"]} if multilingual else {}),
+    )
+
+
+# Running ------------------------------------------------------------------------------------------------------------
+
+
+def features(module: nn.Module, audio: np.ndarray, whole: bool = False) -> Tensor:
+    """Log-mel features as the original pipeline makes them.
+
+    Args:
+        module: its config says how many mel bins.
+        audio: float32 [n] at 16 kHz.
+        whole: keep audio beyond 30 s instead of cutting it.
+
+    Returns:
+        [1, mel bins, frames]; 3000 frames unless `whole`.
+    """
+    from transformers import WhisperFeatureExtractor
+
+    extractor = WhisperFeatureExtractor(feature_size=module.config.num_mel_bins)
+    if whole and len(audio) > 30 * RATE:
+        made = extractor(audio, sampling_rate=RATE, return_tensors="pt", truncation=False, padding="longest")
+    else:
+        made = extractor(audio, sampling_rate=RATE, return_tensors="pt")
+    return made["input_features"]
+
+
+def prompt(settings: dict[str, Any], language: str | None, task: str) -> list[int]:
+    """The tokens that open a transcript without timestamps. Raises DataError for an unknown language or task."""
+    ids = [settings["decoder_start_token_id"]]
+    if settings["is_multilingual"]:
+        for name, table in ((language or "en", settings["lang_to_id"]), (task, settings["task_to_id"])):
+            if name not in table:
+                raise DataError(f"This model does not know {name!r}. It knows: {', '.join(sorted(table))}.")
+            ids.append(table[name])
+    elif (language or "en") not in ("en", "english") or task != "transcribe":
+        raise DataError(f"This model only transcribes English; {language or task!r} was asked for.")
+    return [*ids, settings["no_timestamps_token_id"]]
+
+
+@torch.inference_mode()
+def answer(
+    module: nn.Module,
+    audio: np.ndarray,
+    settings: dict[str, Any],
+    language: str | None = None,
+    task: str = "transcribe",
+) -> list[int]:
+    """The original's own words for one recording: greedy `generate` of transformers, without special tokens."""
+    x = features(module, audio, whole=True)
+    options: dict[str, Any] = {"num_beams": 1, "do_sample": False}
+    if settings["is_multilingual"]:
+        options.update(language=language, task=task)
+    if x.shape[-1] > 3000:
+        options["return_timestamps"] = True
+    ids = module.generate(x, attention_mask=torch.ones(1, x.shape[-1], dtype=torch.long), **options)[0].tolist()
+    return [i for i in ids if i < settings["eos_token_id"]]
+
+
+def detect_language(module: nn.Module, audio: np.ndarray, settings: dict[str, Any]) -> str | None:
+    """The language the model hears in the first 30 s; None for English-only models."""
+    if not settings["is_multilingual"]:
+        return None
+    table = settings["lang_to_id"]
+    with torch.inference_mode():
+        start = torch.tensor([[settings["decoder_start_token_id"]]])
+        logits = module(input_features=features(module, audio), decoder_input_ids=start).logits[0, -1]
+    return max(table, key=lambda code: float(logits[table[code]]))
+
+
+def prepare(
+    module: nn.Module, audio: np.ndarray, words: Sequence[int], opening: Sequence[int], settings: dict[str, Any]
+) -> Batch:
+    """A batch of one for teacher-forced passes.
+
+    Args:
+        module: the model.
+        audio: float32 [n] at 16 kHz; what lies beyond 30 s is cut.
+        words: token ids of the transcript.
+        opening: what `prompt` gives.
+        settings: generation settings.
+
+    Returns:
+        'input_features' [1, mel, 3000], 'decoder_input_ids' [1, t], 'first' []: position whose logits predict the
+        first word.
+    """
+    room = module.config.max_target_positions - len(opening)
+    ids = [*opening, *list(words)[:room]]
+    return {
+        "input_features": features(module, audio),
+        "decoder_input_ids": torch.tensor([ids]),
+        "first": torch.tensor(len(opening) - 1),
+    }
+
+
+def encode(module: nn.Module, batch: Batch) -> Batch:
+    """The batch with the encoder's output in it, so that passes through the decoder alone are cheap."""
+    with torch.no_grad():
+        states = module.model.encoder(batch["input_features"]).last_hidden_state
+    return {**batch, "states": states}
+
+
+def run(module: nn.Module, batch: Batch) -> Tensor:
+    """Logits [words + 1, vocabulary] at the positions that predict words and the end of the text."""
+    states = batch.get("states")
+    if states is None:
+        states = module.model.encoder(batch["input_features"]).last_hidden_state
+    hidden = module.model.decoder(
+        input_ids=batch["decoder_input_ids"], encoder_hidden_states=states, use_cache=False
+    ).last_hidden_state
+    return module.proj_out(hidden[0, int(batch["first"]) :])
+
+
+# Exporting ----------------------------------------------------------------------------------------------------------
+
+
+class _Encoder(nn.Module):
+    """Features to the cross keys and values of every decoder layer."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.layers = module.model.encoder, module.model.decoder.layers
+
+    def forward(self, input_features: Tensor) -> tuple[Tensor, ...]:
+        states = self.encoder(input_features).last_hidden_state
+        outputs = []
+        for layer in self.layers:
+            attention = layer.encoder_attn
+            for projection in (attention.k_proj, attention.v_proj):
+                heads = projection(states).view(1, -1, attention.num_heads, attention.head_dim)
+                outputs.append(heads.transpose(1, 2))
+        return tuple(outputs)
+
+
+class _Decoder(nn.Module):
+    """Tokens and caches to the logits of the last token and the grown caches."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.decoder, self.head = module.model.decoder, module.proj_out
+
+    def forward(self, input_ids: Tensor, past: tuple[Tensor, ...], cross: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        own, fixed = DynamicCache(), DynamicCache()
+        for i in range(len(past) // 2):
+            own.update(past[2 * i], past[2 * i + 1], i)
+            fixed.update(cross[2 * i], cross[2 * i + 1], i)
+        cache = EncoderDecoderCache(own, fixed)
+        for i in range(len(past) // 2):
+            cache.is_updated[i] = True
+        # The keys and values are cached: the decoder only asks whether there are encoder states.
+        hidden = self.decoder(
+            input_ids=input_ids, encoder_hidden_states=cross[0][:, 0], past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        logits = self.head(hidden[:, -1])
+        return (logits, *[t for layer in own.layers for t in (layer.keys, layer.values)])
+
+
+class _FlatDecoder(nn.Module):
+    """`_Decoder` with its caches as separate inputs, which is how a runtime takes them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.inner = _Decoder(module)
+
+    def forward(self, input_ids: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        half = len(caches) // 2
+        return self.inner(input_ids, caches[:half], caches[half:])
+
+
+def graphs(module: nn.Module) -> tuple[Graph, ...]:
+    """The encoder and the decoder as they are exported."""
+    config = module.config
+    count = config.decoder_layers
+    heads = config.decoder_attention_heads
+    shape = (1, heads, config.max_source_positions, config.d_model // heads)
+    pairs = [f"{kind}_{i}" for i in range(count) for kind in ("key", "value")]
+    past, cross, present = ([f"{prefix}_{pair}" for pair in pairs] for prefix in ("past", "cross", "present"))
+    mel = torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)
+    caches = [torch.zeros(1, heads, 3, shape[3]) for _ in past] + [torch.zeros(shape) for _ in cross]
+    dynamic = {"input_ids": {1: "tokens"}, **{name: {2: "past"} for name in past}}
+    return (
+        Graph("encoder", _Encoder(module), (mel,), ("input_features",), tuple(cross), {}),
+        Graph(
+            "decoder",
+            _FlatDecoder(module),
+            (torch.ones(1, 2, dtype=torch.long), *caches),
+            ("input_ids", *past, *cross),
+            ("logits", *present),
+            dynamic,
+        ),
+    )
+
+
+def serving(module: nn.Module, settings: dict[str, Any], language: str | None, task: str) -> dict[str, Any]:
+    """What `packlight.serving.whisper.Settings` reads, for the manifest."""
+    config = module.config
+    return {
+        "mel_bins": config.num_mel_bins,
+        "frames": 2 * config.max_source_positions,
+        "layers": config.decoder_layers,
+        "heads": config.decoder_attention_heads,
+        "head_size": config.d_model // config.decoder_attention_heads,
+        "start": settings["decoder_start_token_id"],
+        "eos": settings["eos_token_id"],
+        "no_timestamps": settings["no_timestamps_token_id"],
+        "timestamp_begin": settings["no_timestamps_token_id"] + 1,
+        "language_ids": settings["lang_to_id"],
+        "task_ids": settings["task_to_id"],
+        "suppress": sorted(settings["suppress_tokens"]),
+        "begin_suppress": sorted(settings["begin_suppress_tokens"]),
+        "max_tokens": config.max_target_positions,
+        "max_initial_timestamp_index": settings["max_initial_timestamp_index"],
+        "language": language,
+        "task": task,
+    }
+
+
+def multiply_adds(module: nn.Module, path: str, tokens: int = 25) -> int:
+    """Multiply-adds of one layer for 30 s of audio and 25 tokens of text; attention products are not a layer's."""
+    config, layer = module.config, module.get_submodule(path)
+    frames = config.max_source_positions
+    if isinstance(layer, nn.Embedding):
+        return 0
+    size = layer.weight.numel()
+    if path.endswith("conv1"):
+        return size * 2 * frames
+    audio_side = ".encoder." in path or path.endswith(("encoder_attn.k_proj", "encoder_attn.v_proj"))
+    return size * (frames if audio_side else tokens)
+
+
+FAMILY = Family(
+    name="whisper",
+    architectures=("WhisperForConditionalGeneration",),
+    modalities=("audio", "text"),
+    task="speech-to-text",
+    towers=(Tower("encoder", "audio", "model.encoder.layers"), Tower("decoder", "text", "model.decoder.layers")),
+    parts=(
+        Part("encoder convolutions", ("model.encoder.conv*",), "encoder"),
+        Part("encoder attention", ("model.encoder.layers.*.self_attn.*",), "encoder"),
+        Part("encoder feed-forward", ("model.encoder.layers.*.fc?",), "encoder"),
+        Part("decoder self-attention", ("model.decoder.layers.*.self_attn.*",), "decoder"),
+        Part("decoder cross-attention", ("model.decoder.layers.*.encoder_attn.*",), "decoder"),
+        Part("decoder feed-forward", ("model.decoder.layers.*.fc?",), "decoder"),
+        Part("vocabulary table and head", ("model.decoder.embed_tokens", "proj_out"), "decoder"),
+        Part("positions", ("model.*.embed_positions",), "encoder"),
+    ),
+    tied=(("model.decoder.embed_tokens", "proj_out"),),
+    read=read,
+    prompt=prompt,
+    detect_language=detect_language,
+    answer=answer,
+    prepare=prepare,
+    encode=encode,
+    run=run,
+    graphs=graphs,
+    serving=serving,
+    multiply_adds=multiply_adds,
+    unit="30 s of audio and 25 tokens of text",
+)
+
+
+def tiny(seed: int = 0, **changes: Any) -> nn.Module:
+    """A random model with the structure of Whisper and 0.2 M parameters, for tests and the support table."""
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    values = {
+        "vocab_size": 200, "num_mel_bins": 80, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
+        "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128,
+        "max_source_positions": 1500, "max_target_positions": 64, "decoder_start_token_id": 1, "eos_token_id": 150,
+        "pad_token_id": 150, "bos_token_id": 150, "suppress_tokens": None, "begin_suppress_tokens": None,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return WhisperForConditionalGeneration(WhisperConfig(**{**values, **changes})).eval()
+

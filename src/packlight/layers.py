@@ -1,0 +1,320 @@
+"""The kinds of layers a compressed model may hold, and the one door for surgery.
+
+Every structural change is an `Edit`: a path, a kind and its arguments. A compressed model is its original, the log of
+its edits, and tensors; reading one never needs the technique that made it. A new kind costs a class here and a
+lowering in every runtime.
+
+While a model is exported each layer calls an opaque operator (`torch.ops.packlight.*`), which a runtime translates
+into its own integer kernels. At any other time it computes the same in plain PyTorch, so gradients flow.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packlight.errors import PlanError
+
+Layer = nn.Linear | nn.Conv1d | nn.Embedding
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """The weight of a layer as a matrix [out, in].
+
+    A convolution [out, in, k] becomes [out, k * in], the matrix that multiplies its windows; an embedding is its table
+    [tokens, width], whose rows are the outputs of the head that it may be tied to.
+
+    Raises:
+        PlanError: a kind of layer that can't be seen so.
+    """
+    if isinstance(layer, nn.Conv1d):
+        if layer.groups != 1 or layer.dilation != (1,) or layer.padding_mode != "zeros":
+            raise PlanError("Only plain one-dimensional convolutions (no groups, no dilation) can be compressed yet.")
+        return layer.weight.detach().permute(0, 2, 1).reshape(layer.out_channels, -1)
+    if isinstance(layer, nn.Linear | nn.Embedding):
+        return layer.weight.detach()
+    raise PlanError(f"A layer of kind {type(layer).__name__} can't be compressed.")
+
+
+def windows(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    """The windows that a convolution sees: [batch, channels, time] to [batch, steps, kernel * channels]."""
+    x = nn.functional.pad(x, (padding, padding))
+    steps = (x.shape[2] - kernel) // stride + 1
+    taps = [x[:, :, j : j + (steps - 1) * stride + 1 : stride] for j in range(kernel)]
+    return torch.cat(taps, 1).transpose(1, 2)
+
+
+def windows_of(conv: Any, x: Tensor) -> Tensor:
+    """The windows that this convolution sees."""
+    return windows(x, conv.kernel_size[0], conv.stride[0], int(conv.padding[0]))
+
+
+def matrix_inputs(layer: nn.Module, x: Tensor) -> Tensor:
+    """What the matrix of a layer multiplies, as rows [n, in], given the layer's input."""
+    if isinstance(layer, nn.Conv1d):
+        x = windows_of(layer, x)
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def fake_int8(x: Tensor) -> Tensor:
+    """An activation after dynamic 8-bit quantization, per sample: what ONNX's DynamicQuantizeLinear and back gives."""
+    dims = tuple(range(1, x.dim()))
+    low, high = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=1e-30)
+    zero = torch.round(-low / scale).clamp(0, 255)
+    return ((torch.round(x / scale) + zero).clamp(0, 255) - zero) * scale
+
+
+# The seam to the runtimes -------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("packlight::code_linear", mutates_args=())
+def _code_linear(x: Tensor, codes: Tensor, scale: Tensor, int8_activations: bool) -> Tensor:
+    return (fake_int8(x) if int8_activations else x) @ (codes.float() * scale)
+
+
+@_code_linear.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor, int8_activations: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[1]))
+
+
+@torch.library.custom_op("packlight::code_embedding", mutates_args=())
+def _code_embedding(ids: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return codes[:, ids.reshape(-1)].T.float().reshape(*ids.shape, -1) * scale[ids][..., None]
+
+
+@_code_embedding.register_fake
+def _(ids: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return scale.new_empty((*ids.shape, codes.shape[0]))
+
+
+@torch.library.custom_op("packlight::group_linear", mutates_args=())
+def _group_linear(x: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor, bits: int, group: int) -> Tensor:
+    return x @ unpack_groups(packed, scale, zeros, bits, group)[:, : x.shape[-1]].T
+
+
+@_group_linear.register_fake
+def _(x: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor, bits: int, group: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+@torch.library.custom_op("packlight::group_embedding", mutates_args=())
+def _group_embedding(
+    ids: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor, bits: int, group: int, width: int
+) -> Tensor:
+    return _group_rows(ids, packed, scale, zeros, bits, group)[..., :width].clone()
+
+
+def _group_rows(ids: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor, bits: int, group: int) -> Tensor:
+    flat = ids.reshape(-1)
+    scales = scale.view(packed.shape[0], -1)[flat].reshape(-1)
+    return unpack_groups(packed[flat], scales, zeros[flat], bits, group).reshape(*ids.shape, -1)
+
+
+@_group_embedding.register_fake
+def _(ids: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor, bits: int, group: int, width: int) -> Tensor:
+    return scale.new_empty((*ids.shape, width))
+
+
+# Layers -------------------------------------------------------------------------------------------------------------
+
+
+class CodeLinear(nn.Module):
+    """y = x Wᵀ + b with W = scale * codes. Codes int8 [in, out], scale float32 [out].
+
+    With `int8_activations` the input is quantized on the fly to 8 bits per sample, as integer kernels do.
+    """
+
+    def __init__(self, columns: int, rows: int, bias: bool, int8_activations: bool) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.zeros(columns, rows, dtype=torch.int8))
+        self.register_buffer("scale", torch.ones(rows))
+        self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
+        self.int8_activations = int8_activations
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        if torch.compiler.is_exporting():
+            y = torch.ops.packlight.code_linear(x, self.codes, self.scale, self.int8_activations)
+        else:
+            y = (fake_int8(x) if self.int8_activations else x) @ (self.codes.float() * self.scale)
+        return y if self.bias is None else y + self.bias
+
+
+class CodeConv1d(CodeLinear):
+    """A one-dimensional convolution as its windows times a matrix of codes [kernel * in, out]."""
+
+    def __init__(self, like: nn.Conv1d, int8_activations: bool) -> None:
+        rows, columns = matrix(like).shape
+        super().__init__(columns, rows, like.bias is not None, int8_activations)
+        # Named as in nn.Conv1d: models read them, Whisper to check the length of its input.
+        self.kernel_size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, in, time] to [batch, out, steps]."""
+        return super().forward(windows_of(self, x)).transpose(1, 2)
+
+
+class CodeEmbedding(nn.Module):
+    """A table of codes int8 [width, tokens] with a scale per token. Stored so that a tied head can share it."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.zeros(width, tokens, dtype=torch.int8))
+        self.register_buffer("scale", torch.ones(tokens))
+        self.num_embeddings = tokens
+
+    def forward(
+        self, ids: Tensor, past_key_values_length: int = 0, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Ids [...] to [..., width]. A table of positions is looked up by `position_ids`, as transformers calls it."""
+        ids = ids if position_ids is None else position_ids
+        if torch.compiler.is_exporting():
+            return torch.ops.packlight.code_embedding(ids, self.codes, self.scale)
+        return self.codes[:, ids.reshape(-1)].T.float().reshape(*ids.shape, -1) * self.scale[ids][..., None]
+
+
+class GroupLinear(nn.Module):
+    """y = x Wᵀ + b, float activations; W as 4- or 8-bit codes in groups along the input with scale and zero point.
+
+    packed uint8 [out, groups, group * bits / 8], low bits first; scale float32 [out * groups]; zeros uint8
+    [out, ceil(groups * bits / 8)], packed likewise. This is the layout of ONNX Runtime's MatMulNBits.
+    """
+
+    def __init__(self, columns: int, rows: int, bias: bool, bits: int, group: int) -> None:
+        super().__init__()
+        _group_buffers(self, columns, rows, bits, group)
+        self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        if torch.compiler.is_exporting():
+            y = torch.ops.packlight.group_linear(x, self.packed, self.scale, self.zeros, self.bits, self.group)
+        else:
+            weight = unpack_groups(self.packed, self.scale, self.zeros, self.bits, self.group)
+            y = x @ weight[:, : x.shape[-1]].T
+        return y if self.bias is None else y + self.bias
+
+
+class GroupConv1d(GroupLinear):
+    """A one-dimensional convolution as its windows times a matrix of grouped codes."""
+
+    def __init__(self, like: nn.Conv1d, bits: int, group: int) -> None:
+        rows, columns = matrix(like).shape
+        super().__init__(columns, rows, like.bias is not None, bits, group)
+        # Named as in nn.Conv1d: models read them, Whisper to check the length of its input.
+        self.kernel_size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, in, time] to [batch, out, steps]."""
+        return super().forward(windows_of(self, x)).transpose(1, 2)
+
+
+class GroupEmbedding(nn.Module):
+    """A table with 4- or 8-bit codes in groups along the width; buffers as in `GroupLinear`, so a head can share."""
+
+    def __init__(self, tokens: int, width: int, bits: int, group: int) -> None:
+        super().__init__()
+        _group_buffers(self, width, tokens, bits, group)
+        self.width, self.num_embeddings = width, tokens
+
+    def forward(
+        self, ids: Tensor, past_key_values_length: int = 0, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Ids [...] to [..., width]; `position_ids` as in `CodeEmbedding`."""
+        ids = ids if position_ids is None else position_ids
+        args = (self.packed, self.scale, self.zeros, self.bits, self.group)
+        if torch.compiler.is_exporting():
+            return torch.ops.packlight.group_embedding(ids, *args, self.width)
+        return _group_rows(ids, *args)[..., : self.width]
+
+
+def _group_buffers(layer: nn.Module, columns: int, rows: int, bits: int, group: int) -> None:
+    groups = -(-columns // group)
+    layer.register_buffer("packed", torch.zeros(rows, groups, group * bits // 8, dtype=torch.uint8))
+    layer.register_buffer("scale", torch.ones(rows * groups))
+    layer.register_buffer("zeros", torch.zeros(rows, -(-groups * bits // 8), dtype=torch.uint8))
+    layer.bits, layer.group = bits, group
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes [..., n] of 0 .. 2^bits - 1 to bytes [..., ceil(n * bits / 8)], low bits first. Bits is 4 or 8."""
+    codes = codes.to(torch.uint8)
+    if bits == 8:
+        return codes.contiguous()
+    codes = nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Undo `pack`; with 4 bits the result has an even length."""
+    if bits == 8:
+        return packed
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+
+
+def unpack_groups(packed: Tensor, scale: Tensor, zeros: Tensor, bits: int, group: int) -> Tensor:
+    """The float32 weight [out, groups * group] of a grouped layer."""
+    rows, groups = packed.shape[:2]
+    codes = unpack(packed, bits).float()
+    zero = unpack(zeros, bits)[:, :groups].float()
+    return ((codes - zero[..., None]) * scale.view(rows, groups, 1)).reshape(rows, groups * group)
+
+
+# Surgery ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One structural change.
+
+    Args:
+        path: of the layer that is replaced.
+        kind: 'codes' or 'groups'.
+        args: 'int8_activations' for codes; 'bits' and 'group' for groups; 'tied' names the path of a layer that was
+            replaced before and whose buffers are shared.
+    """
+
+    path: str
+    kind: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+def build(layer: nn.Module, edit: Edit) -> nn.Module:
+    """The empty layer that an edit puts in the place of `layer`. Raises PlanError for a pair that does not exist."""
+    if edit.kind == "codes":
+        int8 = bool(edit.args.get("int8_activations", True))
+        if isinstance(layer, nn.Conv1d):
+            return CodeConv1d(layer, int8)
+        if isinstance(layer, nn.Linear):
+            return CodeLinear(layer.in_features, layer.out_features, layer.bias is not None, int8)
+        if isinstance(layer, nn.Embedding):
+            return CodeEmbedding(layer.num_embeddings, layer.embedding_dim)
+    if edit.kind == "groups":
+        bits, group = int(edit.args["bits"]), int(edit.args["group"])
+        if isinstance(layer, nn.Conv1d):
+            return GroupConv1d(layer, bits, group)
+        if isinstance(layer, nn.Linear):
+            return GroupLinear(layer.in_features, layer.out_features, layer.bias is not None, bits, group)
+        if isinstance(layer, nn.Embedding):
+            return GroupEmbedding(layer.num_embeddings, layer.embedding_dim, bits, group)
+    raise PlanError(f"{edit.path}: no layer of kind {edit.kind!r} can replace a {type(layer).__name__}.")
+
+
+def replace_(root: nn.Module, edit: Edit) -> nn.Module:
+    """Carry out an edit on a model; the bias moves over, codes and scales are left to be filled. Returns the layer."""
+    old = root.get_submodule(edit.path)
+    new = build(old, edit)
+    bias = getattr(old, "bias", None)
+    if bias is not None:
+        with torch.no_grad():
+            new.bias.copy_(bias)  # type: ignore[union-attr, operator]
+    tied = edit.args.get("tied")
+    if tied is not None:
+        source = root.get_submodule(tied)
+        for name, _ in list(new.named_buffers()):
+            new.register_buffer(name, source.get_buffer(name))
+    parent, _, name = edit.path.rpartition(".")
+    setattr(root.get_submodule(parent), name, new)
+    return new

@@ -1,0 +1,107 @@
+"""One process that loads one thing, answers a few recordings, and says what that took: `python -m packlight.measure`.
+
+Peak memory can only be had from a process of its own. For a bundle nothing but the device side is imported.
+"""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from packlight.errors import PacklightError
+
+_RAPL = Path("/sys/class/powercap")
+
+
+def measure(kind: str, name: str, recordings: Sequence[str], threads: int, timeout: float = 600) -> dict[str, Any]:
+    """Start that process and read what it says.
+
+    Args:
+        kind: 'bundle' or 'model'; name: its folder; recordings: audio files; threads: 0 for all cores.
+
+    Returns:
+        'load' seconds, 'memory' bytes at the peak, 'latency' seconds per recording (median), 'energy' joules per
+        recording or None where the machine reports none.
+
+    Raises:
+        PacklightError: the process failed; the message holds its last line.
+    """
+    command = [sys.executable, "-m", "packlight.measure", kind, name, str(threads), *recordings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["it was killed, perhaps for lack of memory"]
+        raise PacklightError(f"The measuring process for {name} ended with status {done.returncode}: {lines[-1]}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def joules() -> float | None:
+    """Energy that the processor packages have used so far, where Linux reports it (RAPL); None otherwise."""
+    files = sorted(_RAPL.glob("*-rapl:?/energy_uj")) if _RAPL.is_dir() else []
+    try:
+        return sum(int(f.read_text()) for f in files) / 1e6 if files else None
+    except (OSError, ValueError):
+        return None
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def machine() -> str:
+    """The processor and number of cores, as people name them."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith(("model name", "Model")):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _answerer(kind: str, name: str, threads: int) -> Any:
+    if kind == "bundle":
+        from packlight.serve import open_served
+
+        served = open_served(Path(name), threads)
+        return served.answer
+    import torch
+
+    from packlight.load import load
+
+    torch.set_num_threads(threads or (os.cpu_count() or 1))
+    model = load(name)
+    return lambda audio: model.family.answer(model.module, audio, model.settings, None, "transcribe")
+
+
+def _main(arguments: list[str]) -> None:
+    from packlight.audio import read_audio
+
+    kind, name, threads, *recordings = arguments
+    start = time.perf_counter()
+    answer = _answerer(kind, name, int(threads))
+    load = time.perf_counter() - start
+    audios = [read_audio(Path(r)) for r in recordings]
+    if audios:
+        answer(audios[0])  # warm-up
+    before, seconds = joules(), []
+    for audio in audios:
+        start = time.perf_counter()
+        answer(audio)
+        seconds.append(time.perf_counter() - start)
+    after = joules()
+    energy = (after - before) / len(audios) if audios and before is not None and after is not None else None
+    latency = sorted(seconds)[len(seconds) // 2] if seconds else None
+    print(json.dumps({"load": load, "memory": peak_memory(), "latency": latency, "energy": energy}))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

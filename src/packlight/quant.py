@@ -1,0 +1,209 @@
+"""Numerics of quantization on tensors: grids, codes, error feedback, distortion, rate. Pure functions.
+
+A compressed weight is integer codes with a scale: Ŵ[o, i] = scale[o, g(i)] * (codes[o, i] - zero[o, g(i)]). With one
+group per row this is the form that int8 kernels take; the file holds the codes at their entropy, so a coarser step
+makes the file smaller without another layout. With several groups it is the W4A16 form of 4-bit kernels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from packlight.codec import entropy
+
+# Pairs of u8 x s8 products saturate the 16-bit sums of AVX2 without VNNI unless |code| <= 64: 255 * 64 * 2 < 2^15.
+# Codes within +-63 are exact on every processor and cost half a bit of resolution.
+LIMIT = 63
+_SAMPLE = 2_000_000  # weights looked at when a step is searched
+_ROWS, _BLOCK = 4096, 64  # rows at a time, columns between two full updates: 1 MB of float32
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values a weight may take.
+
+    Args:
+        scale: [out, groups], positive.
+        zero: [out, groups], the code that stands for 0.
+        low, high: smallest and largest code.
+        group: columns that share a scale; groups * group >= columns.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    low: int
+    high: int
+    group: int
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Nearest codes of a weight [out, in], as int16."""
+        scale, zero = self._wide(weight.shape[1])
+        return (torch.round(weight / scale) + zero).clamp_(self.low, self.high).to(torch.int16)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """The weight [out, in] that the codes stand for, float32."""
+        scale, zero = self._wide(codes.shape[1])
+        return (codes.float() - zero) * scale
+
+    def _wide(self, columns: int) -> tuple[Tensor, Tensor]:
+        if self.scale.shape[1] == 1:
+            return self.scale, self.zero
+        wide = [t.repeat_interleave(self.group, 1)[:, :columns] for t in (self.scale, self.zero)]
+        return wide[0], wide[1]
+
+
+def _storable(scale: Tensor) -> Tensor:
+    """Scales as float16 can hold them, where that loses no more than its 11 bits: half the bytes in the file."""
+    half = scale.half().float()
+    return half if bool(((half > 6.2e-5) & torch.isfinite(half)).all()) else scale
+
+
+def channel_grid(weight: Tensor, rate: float | None = None, limit: int = LIMIT) -> Grid:
+    """One scale per output channel.
+
+    Args:
+        weight: [out, in].
+        rate: bits per weight after entropy coding; None for the finest grid that `limit` allows. At a given rate one
+            step for all rows is optimal for the squared error (literature: reverse water-filling); rows whose
+            largest weight would pass the limit get a larger one.
+        limit: largest absolute code.
+
+    Returns:
+        the grid; a row of zeros gets the scale 1.
+    """
+    peak = weight.abs().amax(1)
+    step = 0.0 if rate is None else find_step(weight, rate, limit)
+    scale = (peak / limit).clamp(min=step)
+    scale = _storable(torch.where(peak > 0, scale, torch.ones_like(scale)))
+    return Grid(scale[:, None], torch.zeros_like(scale)[:, None], -limit, limit, weight.shape[1])
+
+
+def find_step(weight: Tensor, rate: float, limit: int = LIMIT) -> float:
+    """The step for which rounding to nearest gives that entropy, by bisection to 0.002 bits on at most 2 M weights.
+
+    Returns 0 when even the finest grid of `limit` has a lower entropy.
+    """
+    rows = max(1, -(-weight.numel() // _SAMPLE))
+    sample = weight[::rows]
+    peak = sample.abs().amax(1, keepdim=True) / limit
+    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+
+    def bits(step: float) -> float:
+        return entropy(torch.round(sample / peak.clamp(min=step)).to(torch.int8).numpy())
+
+    if bits(0.0) <= rate:
+        return 0.0
+    low, high = 0.0, float(sample.abs().max())
+    for _ in range(40):
+        middle = (low + high) / 2
+        measured = bits(middle)
+        if abs(measured - rate) < 0.002:
+            return middle
+        low, high = (middle, high) if measured > rate else (low, middle)
+    return (low + high) / 2
+
+
+def group_grid(weight: Tensor, bits: int, group: int) -> Grid:
+    """One scale and zero point per `group` columns, the range shrunk where that lowers the squared error.
+
+    Args:
+        weight: [out, in].
+        bits: 4 or 8.
+        group: columns per group; the last group may be shorter.
+
+    Returns:
+        an asymmetric grid with codes 0 .. 2^bits - 1 that always represents 0 exactly.
+    """
+    out, columns = weight.shape
+    groups = -(-columns // group)
+    blocks = torch.nn.functional.pad(weight, (0, groups * group - columns)).view(out, groups, group)
+    high, low = blocks.amax(2).clamp(min=0), blocks.amin(2).clamp(max=0)
+    top = 2**bits - 1
+    best_error = torch.full_like(high, float("inf"))
+    best = (torch.ones_like(high), torch.zeros_like(high))
+    for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7) if bits < 8 else (1.0,):
+        scale = ((high - low) * shrink / top).clamp(min=1e-8)
+        zero = torch.round(-low * shrink / scale).clamp(0, top)
+        codes = (torch.round(blocks / scale[..., None]) + zero[..., None]).clamp(0, top)
+        error = ((codes - zero[..., None]) * scale[..., None] - blocks).square().sum(2)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = (torch.where(better, scale, best[0]), torch.where(better, zero, best[1]))
+    return Grid(_storable(best[0]), best[1], 0, top, group)
+
+
+def error_feedback(weight: Tensor, gram: Tensor, grid: Grid, damp: float = 0.01) -> Tensor:
+    """Codes that minimise the error of the layer's output, not of its weights.
+
+    Columns are rounded one after the other; the error of each is made good by the columns not yet rounded. This is
+    GPTQ (Frantar et al. 2023, arXiv 2210.17323, algorithm 1) with its lazy blocks. Columns go in the order of falling energy, so that the important ones are rounded while there is most to correct them with.
+
+    Args:
+        weight: [out, in].
+        gram: [in, in], the sum of x xᵀ over calibration inputs.
+        grid: where to round to.
+        damp: share of the mean diagonal that is added to the diagonal.
+
+    Returns:
+        codes [out, in], int16.
+    """
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    upper = _inverse_factor(gram[order][:, order], damp)
+    codes = torch.empty(weight.shape, dtype=torch.int16)
+    # Rows are independent: a few thousand at a time, turned so that a column is contiguous, stay in the cache.
+    for rows in torch.arange(len(weight)).split(_ROWS):
+        part = Grid(grid.scale[rows], grid.zero[rows], grid.low, grid.high, grid.group)
+        turned = _feedback_rows(weight[rows][:, order].T.float().contiguous(), upper, part, order)
+        codes[rows[:, None], order] = turned.T
+    return codes
+
+
+def _feedback_rows(work: Tensor, upper: Tensor, grid: Grid, order: Tensor) -> Tensor:
+    """The loop of `error_feedback` on a weight that is turned, [in, rows], and is used up. Returns codes likewise."""
+    columns = len(work)
+    codes = torch.empty(work.shape, dtype=torch.int16)
+    scales, zeros = grid.scale.T.contiguous(), grid.zero.T.contiguous()
+    groups = (order // grid.group).tolist()
+    for start in range(0, columns, _BLOCK):
+        end = min(start + _BLOCK, columns)
+        errors = torch.empty(end - start, work.shape[1])
+        for i in range(start, end):
+            scale, zero = scales[groups[i]], zeros[groups[i]]
+            code = torch.round(work[i] / scale).add_(zero).clamp_(grid.low, grid.high)
+            codes[i] = code
+            error = (work[i] - (code - zero) * scale) / upper[i, i]
+            work[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
+            errors[i - start] = error
+        work[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    return codes
+
+
+def _inverse_factor(gram: Tensor, damp: float) -> Tensor:
+    """Upper Cholesky factor of the inverse Gram matrix, in float64 inside. Inputs never seen get the mean energy."""
+    gram = gram.double().clone()
+    diagonal = gram.diagonal()
+    mean = float(diagonal.mean())
+    if mean <= 0:
+        return torch.eye(gram.shape[0])
+    dead = diagonal <= 1e-9 * mean
+    diagonal += damp * mean
+    diagonal[dead] = mean
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def distortion(weight: Tensor, approximation: Tensor, gram: Tensor | None = None) -> float:
+    """E|(W - Ŵ)x|² / E|Wx|² with a Gram matrix, |W - Ŵ|² / |W|² without one."""
+    error = weight - approximation
+    if gram is None:
+        below, above = weight.square().sum(), error.square().sum()
+    else:
+        gram = gram.float()
+        below, above = ((weight @ gram) * weight).sum(), ((error @ gram) * error).sum()
+    return float(above / below) if float(below) > 0 else 0.0
+
+
+def rate_of(codes: Tensor) -> float:
+    """Entropy of the codes in bits per weight. Codes must fit 8 bits, signed or unsigned."""
+    return entropy((codes & 255).to(torch.uint8).numpy())

@@ -1,0 +1,20 @@
+"""The whole inventory on one page. Adding a family, a technique or a runtime is one file and one line here."""
+
+from packlight.families import Family
+from packlight.families import whisper
+from packlight.techniques import Technique
+from packlight.techniques.codes import ERROR_FEEDBACK, ROUND_TO_NEAREST
+from packlight.techniques.float16 import FLOAT16
+from packlight.techniques.groups import GROUP_WEIGHTS
+
+FAMILIES: tuple[Family, ...] = (whisper.FAMILY,)
+
+TECHNIQUES: dict[str, Technique] = {t.name: t for t in (ROUND_TO_NEAREST, ERROR_FEEDBACK, GROUP_WEIGHTS, FLOAT16)}
+
+# Runtimes and what serves a task on the device are named in the bundle's manifest; `packlight.serve` opens them.
+RUNTIMES: tuple[str, ...] = ("onnxruntime",)
+
+
+def family_of(architecture: str) -> Family | None:
+    """The family that an architecture belongs to, or None."""
+    return next((f for f in FAMILIES if architecture in f.architectures), None)

@@ -1,0 +1,91 @@
+"""Integer codes with one scale per output channel: rounding to nearest, and error feedback.
+
+The same codes serve size and speed. In the file they take their entropy, any real number of bits per weight; in
+memory they feed the integer kernels exactly.
+
+When to use: always first; it is the only form that makes a CPU encoder faster. When not: where the activations of a
+layer have outliers that 8 bits can't hold, take `activations="float"` or groups.
+
+Papers: GPTQ (Frantar et al. 2023, arXiv 2210.17323) for the feedback; one step for all rows under entropy coding as in
+WaterSIC. What differs from GPTQ: codes are not clipped to a width of 3 or 4 bits but entropy-coded, so rare large
+codes cost bits instead of error; the grid is symmetric and per channel, within +-63 (see `quant.LIMIT`).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from packlight.errors import PlanError
+from packlight.quant import Grid, channel_grid, error_feedback, rate_of
+from packlight.techniques import Compressed, Stage, Technique
+
+
+@dataclass(frozen=True)
+class CodesConfig:
+    """Settings of both techniques.
+
+    Args:
+        rate: bits per weight after entropy coding, 1 to 8; None for the finest grid of 7-bit codes.
+        activations: 'int8' quantizes the layer's input on the fly, which integer kernels need; 'float' does not.
+        damp: share of the mean diagonal added to the Gram matrix (error feedback only).
+    """
+
+    rate: float | None = None
+    activations: Literal["int8", "float"] = "int8"
+    damp: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.rate is not None and not 1 <= self.rate <= 8:
+            raise PlanError(f"rate is {self.rate}; it must lie from 1 to 8 bits per weight, or be null for the finest.")
+        if self.activations not in ("int8", "float"):
+            raise PlanError(f"activations is {self.activations!r}; it must be 'int8' or 'float'.")
+        if not 0 < self.damp <= 1:
+            raise PlanError(f"damp is {self.damp}; it must lie above 0 and up to 1.")
+
+
+def round_to_nearest(weight: Tensor, gram: Tensor | None, config: CodesConfig) -> Compressed:
+    """Each weight to its nearest code; needs no data."""
+    grid = channel_grid(weight, config.rate)
+    return _compressed(grid, grid.codes(weight), config)
+
+
+def feedback(weight: Tensor, gram: Tensor | None, config: CodesConfig) -> Compressed:
+    """Codes in GPTQ order: the error of each column is made good by those not yet rounded.
+
+    A layer without a Gram matrix is a table that is only looked up: its inputs are one-hot, so their Gram matrix is
+    diagonal, and feedback is the same as rounding to nearest.
+    """
+    grid = channel_grid(weight, config.rate)
+    codes = grid.codes(weight) if gram is None else error_feedback(weight, gram, grid, config.damp)
+    return _compressed(grid, codes, config)
+
+
+def _compressed(grid: Grid, codes: Tensor, config: CodesConfig) -> Compressed:
+    return Compressed(
+        kind="codes",
+        args={"int8_activations": config.activations == "int8"},
+        tensors={"codes": codes.T.to(torch.int8).contiguous(), "scale": grid.scale[:, 0].contiguous()},
+        approximation=grid.values(codes),
+        rate=rate_of(codes),
+    )
+
+
+ROUND_TO_NEAREST = Technique(
+    name="round_to_nearest",
+    config=CodesConfig,
+    layer=round_to_nearest,
+    stage=Stage.QUANTIZE,
+    summary="integer codes, one scale per channel, each weight to its nearest code; needs no data",
+)
+
+ERROR_FEEDBACK = Technique(
+    name="error_feedback",
+    config=CodesConfig,
+    layer=feedback,
+    stage=Stage.QUANTIZE,
+    needs=("gram",),
+    paper="GPTQ, Frantar et al. 2023, arXiv 2210.17323, algorithm 1",
+    summary="integer codes, one scale per channel, rounding errors made good by the columns not yet rounded",
+)

@@ -1,0 +1,33 @@
+"""Fit a multimodal model to the device it must run on: size, speed and quality, measured in the runtime that ships."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Plan", "Step", "Target", "fit", "load", "open_served"]
+
+if TYPE_CHECKING:
+    from packlight.fit import fit
+    from packlight.load import load
+    from packlight.plan import Plan, Step
+    from packlight.serve import open_served
+    from packlight.target import Target
+
+_HOMES = {
+    "Plan": "packlight.plan",
+    "Step": "packlight.plan",
+    "Target": "packlight.target",
+    "fit": "packlight.fit",
+    "load": "packlight.load",
+    "open_served": "packlight.serve",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import packlight` stays light on the device."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'packlight' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,368 @@
+"""The five steps in a row: target, choice, application, evaluation, deployment. The whole product on one page."""
+
+import datetime
+import hashlib
+import json
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import packlight
+from packlight.bundle import is_bundle, open_bundle
+from packlight.compress import check, compress_
+from packlight.data import Dataset, check_disjoint, read_dataset, split
+from packlight.deploy import deploy, ladder, parity, versions
+from packlight.errors import DataError, PacklightError, TargetError
+from packlight.evaluate import TIMED, answers, quality, spread, threads_or_all, time_pair
+from packlight.families import Batch
+from packlight.load import load
+from packlight.measure import machine, measure
+from packlight.model import Model
+from packlight.plan import Plan, write_json
+from packlight.planner import Level, front, measure_grams, profile, sensitivity
+from packlight.report import write_report
+from packlight.serve import open_served
+from packlight.target import Target, find_device
+from packlight.verdict import conclude
+
+log = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]
+
+OBSERVED = 40  # calibration samples for the Gram matrices
+JUDGED = 10  # further ones for sensitivity
+_TRIES = 6
+_OURS = ("work", "result.json", "plan.json", "bundle", "report.html", "log.jsonl")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a fit may be told besides its target.
+
+    Args:
+        calibration: folder of calibration samples; None splits the data.
+        language, task: of a multilingual model; None detects the language.
+        threads: 0 for all cores.
+        seed: of everything random.
+        trust_remote_code: see `load`.
+        command: the command line, for the report.
+    """
+
+    calibration: Path | None = None
+    language: str | None = None
+    task: str = "transcribe"
+    threads: int = 0
+    seed: int = 0
+    trust_remote_code: bool = False
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a fit found. `result` is the content of result.json; docs/reference/result.md names its keys."""
+
+    met: bool
+    out: Path
+    result: dict[str, Any]
+
+
+@dataclass
+class Run:
+    """What the steps of one fit share."""
+
+    model: Model
+    target: Target
+    options: Options
+    out: Path
+    work: Path
+    calibration: Dataset
+    evaluation: Dataset
+    progress: Progress | None
+    batches: list[Batch] = field(default_factory=list)
+    before: list[list[int]] = field(default_factory=list)
+    overhead: int = 1_300_000  # bytes of a bundle beside its weights, until one was measured
+
+
+def fit(
+    model: str,
+    data: str | Path,
+    target: Target,
+    out: str | Path = "out",
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> FitResult:
+    """Fit a model to a target and prove it.
+
+    Args:
+        model: a folder or a hub id.
+        data: samples with transcripts; evaluation only, or both when `options.calibration` is None.
+        target: what the bundle must meet.
+        out: folder for the results; a killed fit goes on there.
+        options: see `Options`.
+        progress: called with (what, done, total).
+
+    Returns:
+        the result, whether the target was met or not.
+
+    Raises:
+        PacklightError: input that can't be used; nothing was written.
+    """
+    options = options or Options()
+    start = time.perf_counter()
+    run = prepare(model, Path(data), target, Path(out), options, progress)
+    _observe(run)
+    levels, plans = _plan(run)
+    tried = _search(run, plans)
+    chosen = conclude(tried, run.target)
+    result = _finish(run, levels, plans, tried, chosen, time.perf_counter() - start)
+    return FitResult(result["verdict"]["met"], run.out, result)
+
+
+def prepare(
+    model: str, data: Path, target: Target, out: Path, options: Options, progress: Progress | None
+) -> Run:
+    """Check everything that can be checked before work starts, then load the model and make the work folder."""
+    import torch
+
+    if target.empty:
+        raise TargetError("The target asks for nothing. Name at least one of --max-size, --max-latency, --max-memory, --max-drop.")
+    check_out(out)
+    dataset = read_dataset(data, need_text=True)
+    if options.calibration is None:
+        calibration, evaluation = split(dataset, options.seed)
+    else:
+        calibration, evaluation = read_dataset(options.calibration), dataset
+        check_disjoint(calibration, evaluation)
+    torch.set_num_threads(threads_or_all(options.threads or find_device(target.device).threads))
+    loaded = load(model, trust_remote_code=options.trust_remote_code)
+    loaded.family.prompt(loaded.settings, options.language, options.task)  # raises for a language it does not know
+    free = shutil.disk_usage(out.parent if out.parent.is_dir() else Path.cwd()).free
+    needed = 3 * loaded.source.bytes + 200_000_000
+    if free < needed:
+        raise DataError(f"{out} has {free / 1e6:.0f} MB free; this fit needs about {needed / 1e6:.0f} MB. Make room or choose another disk.")
+    identity = [loaded.source.sha256, calibration.sha256, evaluation.sha256, options.language, options.task]
+    key = hashlib.sha256(json.dumps([*identity, options.seed, packlight.__version__]).encode()).hexdigest()[:12]
+    work = out / "work" / key
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"Can't write to {out} ({error.strerror}). Choose a folder that you may write to.") from None
+    return Run(loaded, target, options, out, work, calibration, evaluation, progress)
+
+
+def check_out(out: Path) -> None:
+    """Refuse an output folder that holds anything that is not ours. Raises DataError."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file. Name a folder for the results.")
+    strangers = sorted(p.name for p in out.iterdir() if p.name not in _OURS) if out.is_dir() else []
+    if strangers:
+        raise DataError(f"{out} holds {strangers[0]!r}, which is not ours, so nothing was written. Choose an empty folder.")
+
+
+def _answer_of(run: Run) -> Callable[[Any], list[int]]:
+    model, options = run.model, run.options
+    return lambda audio: model.family.answer(model.module, audio, model.settings, options.language, options.task)
+
+
+def _observe(run: Run) -> None:
+    """The original's own words: on the evaluation samples to compare with, on the calibration samples to imitate."""
+    run.before = answers(run.evaluation, _answer_of(run), run.work / "before.jsonl", "original on evaluation samples", run.progress)
+    run.batches = calibration_batches(run)
+
+
+def calibration_batches(run: Run) -> list[Batch]:
+    """Teacher-forced batches of calibration samples with the original's own words."""
+    from packlight.audio import read_audio
+
+    picked = replace(run.calibration, samples=spread(run.calibration, OBSERVED + JUDGED))
+    words = answers(picked, _answer_of(run), run.work / "words.jsonl", "original on calibration samples", run.progress)
+    family, model = run.model.family, run.model
+    batches = []
+    for sample, ids in zip(picked.samples, words, strict=True):
+        audio = read_audio(sample.path)
+        language = run.options.language or family.detect_language(model.module, audio, model.settings)
+        opening = family.prompt(model.settings, language, run.options.task)
+        batches.append(family.prepare(model.module, audio, ids, opening, model.settings))
+    return batches
+
+
+def _divide(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """(for Gram matrices, for sensitivity): every fifth judges."""
+    judged = [b for i, b in enumerate(batches) if i % 5 == 4]
+    return [b for i, b in enumerate(batches) if i % 5 != 4], judged or batches[:1]
+
+
+def _calibration(run: Run) -> dict[str, Any]:
+    return {"sha256": run.calibration.sha256, "n": run.calibration.n, "seconds": round(run.calibration.seconds, 1)}
+
+
+def _plan(run: Run) -> tuple[list[Level], list[Plan]]:
+    observed, judged = _divide(run.batches)
+    kept = run.work / "sensitivity.jsonl"
+    sums = measure_grams(run.model, observed, run.progress)
+    levels = sensitivity(run.model, sums, judged, kept, run.progress)
+    plans = front(run.model, levels, _calibration(run), run.options.seed)
+    for plan in plans:
+        check(plan, run.model, run.calibration.sha256)
+    return levels, plans
+
+
+def _search(run: Run, plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    """Try plans until one meets the target, or until none is left that could."""
+    tried: dict[str, dict[str, Any]] = {}
+
+    def attempt(plan: Plan) -> dict[str, Any]:
+        if plan.name not in tried:
+            tried[plan.name] = _attempt(run, plan)
+            run.overhead = int(tried[plan.name]["size"] - plan.expected["bytes"])
+        return tried[plan.name]
+
+    limit = run.target.size
+    fits = [p for p in plans if limit is None or p.expected["bytes"] + run.overhead <= limit]
+    queue = sorted(fits, key=lambda p: (p.name.startswith("f"), -p.expected["bytes"]))
+    # The best quality that fits; if measuring says it does not, the next smaller; then slower plans that lose less.
+    best = [p for p in queue if not p.name.startswith("f")][:2] + [p for p in queue if p.name.startswith("f")]
+    for plan in best:
+        outcome = attempt(plan)
+        if not outcome["missed"]:
+            return list(tried.values())
+        if outcome["missed"] == ["latency"] or outcome["missed"] == ["memory"]:
+            break  # every plan that is left is larger or slower
+    # None does: the smallest plan that keeps the drop, whatever its size, by bisection.
+    rest = [p for p in plans if not p.name.startswith("f")]
+    low, high = 0, len(rest) - 1
+    while low <= high and len(tried) < _TRIES:
+        middle = (low + high) // 2
+        if "drop" in attempt(rest[middle])["missed"]:
+            low = middle + 1
+        else:
+            high = middle - 1
+    return list(tried.values())
+
+
+def _attempt(run: Run, plan: Plan) -> dict[str, Any]:
+    """Apply, deploy and measure one plan; what an earlier run finished is kept."""
+    folder = run.work / plan.key[:12]
+    done = folder / "outcome.json"
+    if done.is_file():
+        return dict(json.loads(done.read_text())) | {"plan": plan.name, "missed": _missed(run, json.loads(done.read_text()))}
+    observed, judged = _divide(run.batches)
+    bundle = folder / "bundle"
+    fresh = load(run.model.source.path)
+    records = compress_(fresh, plan, observed, folder / "waves", _named(run, plan))
+    if not is_bundle(bundle):
+        deploy(fresh, plan, records, bundle, run.options.language, run.options.task)
+    threads = threads_or_all(run.options.threads)
+    served = open_served(bundle, threads)
+
+    def reply(audio: Any) -> list[int]:
+        return list(served.answer(audio, run.options.language, run.options.task).tokens)
+
+    after = answers(run.evaluation, reply, folder / "after.jsonl", f"{plan.name} in ONNX Runtime", run.progress)
+    found, rows = quality(run.evaluation, run.before, after, served.decode, run.options.language or "en")
+    agreed = parity(fresh, served, judged[:2])
+    timing = time_pair(spread(run.evaluation, TIMED), _answer_of(run), reply, run.progress)
+    recordings = [str(s.path.resolve()) for s in spread(run.evaluation, 3)]
+    outcome = {
+        "plan": plan.name, "size": open_bundle(bundle).size, "quality": asdict(found), "rows": rows[:10],
+        "timing": timing, "records": [asdict(r) for r in records], "parity": agreed,
+        "process": measure("bundle", str(bundle.resolve()), recordings, threads),
+    }  # fmt: skip
+    write_json(done, outcome)
+    return outcome | {"missed": _missed(run, outcome)}
+
+
+def _named(run: Run, plan: Plan) -> Progress | None:
+    progress = run.progress
+    return None if progress is None else lambda what, i, n: progress(f"{what} by plan {plan.name}", i, n)
+
+
+def _missed(run: Run, outcome: dict[str, Any]) -> list[str]:
+    """Names of the constraints that the measured bundle does not meet."""
+    target, found = run.target, outcome["quality"]
+    allowed = target.allowed_drop(found["before"])
+    drop = found["high"] if target.strict else found["difference"]
+    checks = {
+        "size": target.size is not None and outcome["size"] > target.size,
+        "drop": allowed is not None and drop > allowed + 1e-12,
+        "latency": target.latency is not None and outcome["timing"]["after"] > target.latency,
+        "memory": target.memory_limit is not None and outcome["process"]["memory"] > target.memory_limit,
+    }
+    return [name for name, missed in checks.items() if missed]
+
+
+def _finish(
+    run: Run, levels: list[Level], plans: list[Plan], tried: list[dict[str, Any]], chosen: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Put the bundle, the plan, the result and the report in place."""
+    from packlight.result import assemble
+
+    outcome, plan = chosen["outcome"], next(p for p in plans if p.name == chosen["outcome"]["plan"])
+    source = run.work / plan.key[:12] / "bundle"
+    draft = run.out / "bundle.part"
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(source, draft)
+    shutil.rmtree(run.out / "bundle", ignore_errors=True)
+    draft.rename(run.out / "bundle")
+    kept = run.work / "original.json"
+    if not kept.is_file():
+        recordings = [str(s.path.resolve()) for s in spread(run.evaluation, 3)]
+        write_json(kept, measure("model", run.model.source.path, recordings, threads_or_all(run.options.threads)))
+    rungs = ladder(run.out / "bundle", outcome["parity"], outcome["quality"]["token_agreement"], outcome["quality"]["name"], run.evaluation.n)
+    how = {
+        "machine": machine(), "threads": threads_or_all(run.options.threads), "os": platform.platform(),
+        "python": platform.python_version(), "versions": versions(), "seconds": round(seconds, 1),
+        "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+    result = assemble(
+        run=run, levels=levels, plans=plans, tried=tried, chosen=chosen,
+        extra={"original": json.loads(kept.read_text()), "ladder": rungs, "how": how, "profile": profile(run.model)},
+    )  # fmt: skip
+    write_json(run.out / "plan.json", plan.to_dict())
+    write_json(run.out / "result.json", result)
+    write_report(result, run.out / "report.html")
+    return result
+
+
+def apply(
+    model: str, plan: Plan, data: Path | None, out: Path, options: Options | None = None, progress: Progress | None = None
+) -> Path:
+    """Run a plan on a model and write the bundle, deciding nothing.
+
+    Args:
+        model: folder or hub id; plan: checked whole before any work.
+        data: the folder that `fit` was given, or its calibration folder as `options.calibration`; None for plans
+            whose techniques need no data.
+        out: folder that gets `bundle/`.
+
+    Returns:
+        the bundle's folder. The same model, plan and samples give the same bytes as the fit that wrote the plan.
+    """
+    options = options or Options()
+    check_out(out)
+    dataset = None
+    if options.calibration is not None:
+        dataset = read_dataset(options.calibration)
+    elif data is not None:
+        dataset = split(read_dataset(data), plan.seed)[0]
+    import torch
+
+    torch.set_num_threads(threads_or_all(options.threads))
+    loaded = load(model, trust_remote_code=options.trust_remote_code)
+    check(plan, loaded, dataset.sha256 if dataset else None)
+    work = out / "work" / plan.key[:12]
+    work.mkdir(parents=True, exist_ok=True)
+    batches: list[Batch] = []
+    if dataset is not None:
+        run = Run(loaded, Target(), options, out, work, dataset, dataset, progress)
+        batches = _divide(calibration_batches(run))[0]
+    records = compress_(loaded, plan, batches, work / "waves", progress)
+    deploy(loaded, plan, records, out / "bundle", options.language, options.task)
+    return out / "bundle"
+
+
+__all__ = ["FitResult", "Options", "PacklightError", "apply", "fit"]

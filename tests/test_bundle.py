@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from packlight.bundle import MANIFEST, VERSION, Bundle, is_bundle, open_bundle, verify, write_bundle
 from packlight.errors import BundleError
 

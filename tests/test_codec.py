@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from packlight.codec import coded_bytes, decode, encode, entropy, read_weights, write_weights
 from packlight.errors import BundleError
 

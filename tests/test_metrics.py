@@ -104,9 +104,7 @@ def test_error_counts_agree_with_jiwer() -> None:
     generator = np.random.default_rng(1)
     vocabulary = np.array(["a", "b", "the", "cat", "sat", "mat"])
     for _ in range(50):
-        reference, hypothesis = (
-            " ".join(generator.choice(vocabulary, size=n)) for n in generator.integers(1, 15, 2)
-        )
+        reference, hypothesis = (" ".join(generator.choice(vocabulary, size=n)) for n in generator.integers(1, 15, 2))
         found = jiwer.process_words(reference, hypothesis)
         edits = found.substitutions + found.deletions + found.insertions
         assert error_counts(reference, hypothesis) == (edits, len(reference.split()))
@@ -123,9 +121,7 @@ def test_word_error_rate_is_that_of_the_corpus_not_the_mean_of_rates() -> None:
 
 
 def test_word_error_rate_refuses_when_there_are_no_words() -> None:
-    with pytest.raises(
-        DataError, match="The 2 reference transcripts hold no words.*Evaluate on samples with"
-    ):
+    with pytest.raises(DataError, match="The 2 reference transcripts hold no words.*Evaluate on samples with"):
         word_error_rate([3, 0], [0, 0])
     with pytest.raises(DataError, match="hold no words"):
         word_error_rate([], [])
@@ -148,9 +144,7 @@ def test_paired_bootstrap_is_positive_when_the_second_system_is_worse() -> None:
     assert 0 < worse.low <= worse.difference <= worse.high
     assert (worse.n, worse.level, worse.resamples) == (8, 0.95, 500)
     better = paired_bootstrap(ERRORS + 1, ERRORS, WORDS, resamples=500)
-    assert (better.difference, better.low, better.high) == pytest.approx(
-        (-worse.difference, -worse.high, -worse.low)
-    )
+    assert (better.difference, better.low, better.high) == pytest.approx((-worse.difference, -worse.high, -worse.low))
 
 
 def test_paired_bootstrap_collapses_to_zero_when_both_are_equal() -> None:
@@ -247,14 +241,12 @@ def test_paired_bootstrap_refuses_bad_input(arguments: tuple[list[int], ...], se
         ([[-1, 50257]], [[-2, 50257]], 0.5),  # hash(-1) == hash(-2) in Python
     ],
 )
-def test_token_agreement_matches_hand_counts(
-    before: list[list[int]], after: list[list[int]], expected: float
-) -> None:
+def test_token_agreement_matches_hand_counts(before: list[list[int]], after: list[list[int]], expected: float) -> None:
     assert token_agreement(before, after) == pytest.approx(expected)
     assert token_agreement(after, before) == pytest.approx(expected)
-    assert token_agreement(
-        [np.array(b, int) for b in before], [np.array(a, int) for a in after]
-    ) == pytest.approx(expected)
+    assert token_agreement([np.array(b, int) for b in before], [np.array(a, int) for a in after]) == pytest.approx(
+        expected
+    )
 
 
 def test_token_agreement_refuses_different_numbers_of_samples() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from packlight.errors import PlanError
 from packlight.plan import VERSION, Plan, Step, plan_from_dict, read_plan, write_json
 

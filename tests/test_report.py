@@ -198,9 +198,7 @@ def test_every_picture_has_a_label_and_tooltips(result: dict[str, Any]) -> None:
 
 
 def test_utterance_marks_only_what_differs(result: dict[str, Any]) -> None:
-    result["worst"] = [
-        {"id": "a", "reference": "one two three", "before": "One, two three.", "after": "one too"}
-    ]
+    result["worst"] = [{"id": "a", "reference": "one two three", "before": "One, two three.", "after": "one too"}]
     page = render(result)
     start = page.index('<article class="sample">')
     sample = page[start : page.index("</article>", start)]
@@ -285,9 +283,7 @@ def test_render_refuses_what_it_can_not_read(bad: Any) -> None:
         render(bad)
 
 
-def test_write_report_writes_the_page_even_with_half_a_surrogate(
-    result: dict[str, Any], tmp_path: Path
-) -> None:
+def test_write_report_writes_the_page_even_with_half_a_surrogate(result: dict[str, Any], tmp_path: Path) -> None:
     result["notes"] = ["broken \ud800 text"]
     write_report(result, tmp_path / "report.html")
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

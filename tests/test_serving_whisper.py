@@ -204,9 +204,7 @@ def test_transcribe_returns_the_planted_text_and_feeds_each_token_once() -> None
 
 
 def test_transcribe_never_says_a_suppressed_token() -> None:
-    said = Planted(
-        lambda window, heard: peaks({97: 9.0, START: 8.0, 5: 7.0, EOS: 6.0 + (len(heard) > 4) * 2})
-    )
+    said = Planted(lambda window, heard: peaks({97: 9.0, START: 8.0, 5: 7.0, EOS: 6.0 + (len(heard) > 4) * 2}))
     assert transcribe(said.parts(), spell, ENGLISH, quiet(1)).tokens == (5, 5, 5)
 
 
@@ -451,9 +449,7 @@ def test_timestamp_rules_equal_those_of_transformers(seed: int, scale: float) ->
     for n in range(len(tokens) + 1):
         logits = rng.normal(0, 3, VOCABULARY).astype(np.float32)
         logits[STAMP:] += scale
-        expected = reference(torch.tensor([[START, *tokens[:n]]]), torch.from_numpy(logits[None].copy()))[
-            0
-        ].numpy()
+        expected = reference(torch.tensor([[START, *tokens[:n]]]), torch.from_numpy(logits[None].copy()))[0].numpy()
         timestamp_rules_(logits, tokens[:n], ENGLISH)
         np.testing.assert_array_equal(logits, expected)
 
@@ -512,9 +508,7 @@ def parts_of(model: Any) -> dict[str, Any]:
         with torch.no_grad():
             encoded = BaseModelOutput(last_hidden_state=torch.from_numpy(hidden))
             ids = torch.tensor([heard])
-            return (
-                model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits[0, -1].numpy()
-            )
+            return model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits[0, -1].numpy()
 
     def encoder(inputs: dict[str, Any]) -> dict[str, Any]:
         with torch.no_grad():
@@ -539,9 +533,7 @@ def test_transcribe_yields_the_tokens_of_generate(seed: int, multilingual: bool)
 
     audio = noise_bursts(9, seed)
     # A random model says timestamps unasked, which makes `generate` seek through a short clip.
-    settings = replace(
-        MULTILINGUAL if multilingual else ENGLISH, suppress=(97, 98, *range(START, VOCABULARY))
-    )
+    settings = replace(MULTILINGUAL if multilingual else ENGLISH, suppress=(97, 98, *range(START, VOCABULARY)))
     model.generation_config.suppress_tokens = list(settings.suppress)
     expected = model.generate(torch.from_numpy(log_mel(audio, 80)), num_beams=1, do_sample=False)[0].tolist()
     expected = [token for token in expected if token != EOS]
@@ -551,9 +543,7 @@ def test_transcribe_yields_the_tokens_of_generate(seed: int, multilingual: bool)
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("seed", range(4))
-def test_transcribe_yields_the_tokens_of_generate_when_long(
-    seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transcribe_yields_the_tokens_of_generate_when_long(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = reference_model(seed, multilingual=False)
     import torch
 
@@ -570,9 +560,7 @@ def test_transcribe_yields_the_tokens_of_generate_when_long(
     monkeypatch.setattr(whisper, "log_mel", same_features)
     monkeypatch.setattr(whisper, "_STRIDE", 0)
     monkeypatch.setattr(whisper, "_loop_period", lambda tokens: 0)
-    expected = model.generate(
-        torch.from_numpy(features), return_timestamps=True, num_beams=1, do_sample=False
-    )
+    expected = model.generate(torch.from_numpy(features), return_timestamps=True, num_beams=1, do_sample=False)
     expected = [token for token in expected[0].tolist() if token < EOS]
     assert len(set(expected)) > 1
     assert list(transcribe(parts_of(model), spell, ENGLISH, audio).tokens) == expected
@@ -583,7 +571,4 @@ def test_serving_whisper_imports_neither_torch_nor_transformers_nor_audio_librar
         "import sys, packlight.serving.whisper, packlight.audio; "
         "print([m for m in ('torch', 'transformers', 'scipy', 'soundfile', 'soxr') if m in sys.modules])"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "[]\n"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from packlight.errors import TargetError
 from packlight.target import (
     DEVICES,
@@ -101,5 +102,10 @@ def test_devices_have_distinct_names_and_are_found_by_them() -> None:
 
 
 def test_format_gives_numbers_as_people_read_them() -> None:
-    assert [format_bytes(v) for v in (999, 1500, 151_100_000, 2.5e9)] == ["999 B", "1.5 kB", "151.1 MB", "2.5 GB"]
+    assert [format_bytes(v) for v in (999, 1500, 151_100_000, 2.5e9)] == [
+        "999 B",
+        "1.5 kB",
+        "151.1 MB",
+        "2.5 GB",
+    ]
     assert [format_seconds(v) for v in (0.24, 1.934, 720)] == ["240 ms", "1.93 s", "12 min"]

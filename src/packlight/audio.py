@@ -95,9 +95,7 @@ def _check_header(path: Path, sound: Any) -> None:
     if sound.frames >= _UNKNOWN_LENGTH:
         raise DataError(f"{path} doesn't say how long it is. Write it again to a file, not to a pipe.")
     if sound.samplerate < _LOWEST_RATE:
-        raise DataError(
-            f"{path} has a sample rate of {sound.samplerate} Hz; speech needs {_LOWEST_RATE} or more."
-        )
+        raise DataError(f"{path} has a sample rate of {sound.samplerate} Hz; speech needs {_LOWEST_RATE} or more.")
     for declared, present in _CUT_CHUNK.findall(sound.extra_info):
         if int(present) < int(declared) < _STREAMED:
             raise _cut_short(path, f"its header promises {declared} bytes of samples, it holds {present}")

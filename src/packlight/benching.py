@@ -32,7 +32,9 @@ def bench_bundle(
             data = Path(folder)
         dataset = read_dataset(data)
         files = [str(s.path.resolve()) for s in spread(dataset, 3)]
-        found: dict[str, Any] = {"bundle": measure("bundle", str(bundle.resolve()), files, threads) | {"size": served.bundle.size}}
+        found: dict[str, Any] = {
+            "bundle": measure("bundle", str(bundle.resolve()), files, threads) | {"size": served.bundle.size}
+        }
         if against:
             import torch
 
@@ -71,7 +73,13 @@ def bench_text(found: dict[str, Any]) -> str:
 
 
 def evaluate_one(
-    name: str, data: Path, language: str | None, task: str, threads: int, trust: bool, progress: Progress | None = None
+    name: str,
+    data: Path,
+    language: str | None,
+    task: str,
+    threads: int,
+    trust: bool,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The metric of a model or bundle with a bootstrap interval over samples."""
     from packlight.metrics import error_counts, metric_name, normalize, word_error_rate

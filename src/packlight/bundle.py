@@ -143,4 +143,6 @@ def verify(bundle: Bundle) -> None:
         elif sha256_file(file) != files[name]["sha256"]:
             problems.append(f"{name} was changed: its sha256 is not the manifest's")
     if problems:
-        raise BundleError(f"{bundle.path} is not as it was written: {'; '.join(problems)}. Get it again from its source.")
+        raise BundleError(
+            f"{bundle.path} is not as it was written: {'; '.join(problems)}. Get it again from its source."
+        )

@@ -42,10 +42,20 @@ def main() -> None:
 
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        typer.echo(f"packlight: {error.filename or 'the disk'}: {error.strerror}. Make room or choose another folder.", err=True)
+        typer.echo(
+            f"packlight: {error.filename or 'the disk'}: {error.strerror}. Make room or choose another folder.",
+            err=True,
+        )
         sys.exit(2)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "huggingface_hub"):
+        if (error.name or "").split(".")[0] not in (
+            "torch",
+            "transformers",
+            "onnx",
+            "onnxscript",
+            "onnx_ir",
+            "huggingface_hub",
+        ):
             raise
         typer.echo(f"packlight: this needs {error.name}: pip install 'packlight[fit]'", err=True)
         sys.exit(2)
@@ -61,7 +71,9 @@ def _version(show: bool) -> None:
 
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
     pass
 
 
@@ -71,7 +83,7 @@ def _say(values: Any, as_json: bool, text: str) -> None:
 
 def _bar(quiet: bool) -> Callable[[str, int, int], None]:
     """Progress with time left on stderr: one line that moves on a terminal, a line per tenth elsewhere."""
-    state = {"what": "", "start": 0.0, "tenth": -1}
+    state: dict[str, Any] = {"what": "", "start": 0.0, "tenth": -1}
     terminal = sys.stderr.isatty()
 
     def show(what: str, done: int, total: int) -> None:
@@ -80,7 +92,7 @@ def _bar(quiet: bool) -> Callable[[str, int, int], None]:
         now = time.monotonic()
         if what != state["what"]:
             state.update(what=what, start=now, tenth=-1)
-        left = (now - float(state["start"])) / max(done, 1) * (total - done)
+        left = (now - state["start"]) / max(done, 1) * (total - done)
         tenth = 10 * done // max(total, 1)
         line = f"{what}: {done}/{total}, {format_seconds(left)} left"
         if terminal:
@@ -190,8 +202,14 @@ def verdict_text(result: dict[str, Any], out: Path) -> str:
     ]  # fmt: skip
     lines += [f"{'':13}{result['verdict']['sentence']}"]
     if result["verdict"]["nearest"]:
-        lines += [f"{'binds':13}{result['verdict']['binding']}", f"{'apply':13}packlight apply MODEL {out / 'plan.json'} --data DIR -o OUT2"]
-    lines += [f"{'bundle':13}{out / 'bundle'}   packlight run {out / 'bundle'} speech.wav", f"{'report':13}{out / 'report.html'}"]
+        lines += [
+            f"{'binds':13}{result['verdict']['binding']}",
+            f"{'apply':13}packlight apply MODEL {out / 'plan.json'} --data DIR -o OUT2",
+        ]
+    lines += [
+        f"{'bundle':13}{out / 'bundle'}   packlight run {out / 'bundle'} speech.wav",
+        f"{'report':13}{out / 'report.html'}",
+    ]
     return "\n".join(lines)
 
 
@@ -266,7 +284,13 @@ def verify(bundle: Path, as_json: Json = False) -> None:
     served = open_served(bundle, 0)
     served.answer(np.zeros(16000, np.float32), None, None)
     files = len(served.bundle.manifest["files"])
-    found = {"bundle": str(bundle), "files": files, "size": served.bundle.size, "load": served.load_seconds, "ok": True}
+    found = {
+        "bundle": str(bundle),
+        "files": files,
+        "size": served.bundle.size,
+        "load": served.load_seconds,
+        "ok": True,
+    }
     text = f"{bundle} is whole: {files} files, {format_bytes(served.bundle.size)}; loaded in {format_seconds(served.load_seconds)} and answered."
     _say(found, as_json, text)
 

@@ -5,10 +5,12 @@ the compressed blocks before it. A wave is what is compressed between two measur
 first block, each block, and last the layers after all towers (the head).
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,9 @@ def _technique(name: str, config: dict[str, Any], number: int) -> tuple[Techniqu
     known = [f.name for f in fields(technique.config)]
     unknown = sorted(set(config) - set(known))
     if unknown:
-        raise PlanError(f"Step {number}: {name} has no setting {', '.join(unknown)}. It has: {', '.join(known) or 'none'}.")
+        raise PlanError(
+            f"Step {number}: {name} has no setting {', '.join(unknown)}. It has: {', '.join(known) or 'none'}."
+        )
     try:
         return technique, technique.config(**config)
     except PlanError as error:
@@ -102,7 +106,7 @@ def _check_calibration(plan: Plan, found: dict[str, Assignment], calibration: st
     wanted = plan.calibration.get("sha256")
     if needing and wanted and wanted != calibration:
         raise PlanError(
-            f"The plan was made with the calibration samples {wanted[:12]}, those given are {calibration[:12]}: the "  # type: ignore[index]
+            f"The plan was made with the calibration samples {wanted[:12]}, those given are {calibration[:12]}: the "
             "result would differ. Name the same samples, or drop 'calibration' from the plan to go on with these."
         )
 
@@ -135,7 +139,7 @@ def compress_(
     need = any("gram" in a.technique.needs for a in found.values())
     tied = {head: table for table, head in model.family.tied if _is_tied(model.module, table, head)}
     with torch.inference_mode(False), torch.no_grad():
-        for number, (layers, sums) in enumerate(_waves(model, batches if need else [], work)):
+        for number, (layers, sums) in enumerate(_waves(model, batches if need else [])):
             records += _wave(model, layers, sums, found, tied, work / f"wave_{number:03d}")
             if progress:
                 progress("compressing", number + 1, total)
@@ -144,67 +148,67 @@ def compress_(
 
 
 Measure = Callable[[], dict[str, Tensor]]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def _wave_names(model: Model) -> Iterator[str]:
     for tower in model.family.towers:
         yield tower.name
-        yield from (f"{tower.name} {i}" for i in range(len(model.module.get_submodule(tower.blocks))))
+        yield from (f"{tower.name} {i}" for i in range(_blocks(model.module, tower)))
     yield "head"
 
 
-def _waves(model: Model, batches: Sequence[Batch], work: Path) -> Iterator[tuple[list[str], Measure]]:
+def _waves(model: Model, batches: Sequence[Batch]) -> Iterator[tuple[list[str], Measure]]:
     """(paths of a wave's layers, function that measures their Gram matrices), each after the waves before it.
 
     The measurement is a function because a wave that an earlier run finished does not need it.
     """
     module, family = model.module, model.family
     layers = model.layers()
-    heads = {head for _, head in family.tied}
-    tables = {table for table, _ in family.tied}
+    last = [path for pair in family.tied for path in pair]
     for index, tower in enumerate(family.towers):
-        blocks = module.get_submodule(tower.blocks)
-        inside = tuple(f"{tower.blocks}.")
+        blocks = f"{tower.blocks}."
         root = tower.blocks.rpartition(".")[0] + "."
-        front = [
-            p for p in layers if p.startswith(root) and not p.startswith("".join(inside)) and p not in heads | tables
-        ]
-
-        def measure_front(front: list[str] = front, tower: Tower = tower) -> dict[str, Tensor]:
-            with grams(_watched(module, front)) as sums:
-                _inputs_of_block(module, family.run, batches, tower, 0)
-            return sums
-
-        yield front, measure_front
-        carried: list[Any] = []  # inputs of the next block, or empty when they must be found afresh
-        for i in range(len(blocks)):
-            paths = [p for p in layers if p.startswith(f"{tower.blocks}.{i}.")]
-            state = {"measured": False}
-
-            def measure(
-                i: int = i, paths: list[str] = paths, tower: Tower = tower, state: dict[str, bool] = state
-            ) -> dict[str, Tensor]:
-                if not carried:
-                    carried.extend(_inputs_of_block(module, family.run, batches, tower, i))
-                with grams(_watched(module, paths)) as sums:
-                    _run_block(module.get_submodule(f"{tower.blocks}.{i}"), carried)
-                state["measured"] = True
-                return sums
-
-            yield paths, measure
-            if state["measured"]:
-                carried[:] = _run_block(module.get_submodule(f"{tower.blocks}.{i}"), carried)
+        front = [p for p in layers if p.startswith(root) and not p.startswith(blocks) and p not in last]
+        yield front, partial(_measure_front, model, batches, tower, front)
+        carried: list[Call] = []  # the calls of the next block; empty when they must be found afresh
+        for i in range(_blocks(module, tower)):
+            paths = [p for p in layers if p.startswith(f"{blocks}{i}.")]
+            yield paths, partial(_measure_block, model, batches, tower, i, carried)
+            if carried:
+                carried[:] = _run_block(module.get_submodule(f"{blocks}{i}"), carried)
         if index == 0 and batches:
             batches = [family.encode(module, batch) for batch in batches]
-    last = [p for p in layers if p in heads | tables]
+    yield [p for p in last if p in layers], partial(_measure_head, model, batches)
 
-    def measure_head() -> dict[str, Tensor]:
-        with grams(_watched(module, [p for p in last if p in heads])) as sums:
-            for batch in batches:
-                family.run(module, batch)
-        return sums
 
-    yield last, measure_head
+def _blocks(module: nn.Module, tower: Tower) -> int:
+    return len(list(module.get_submodule(tower.blocks).children()))
+
+
+def _measure_front(model: Model, batches: Sequence[Batch], tower: Tower, paths: list[str]) -> dict[str, Tensor]:
+    with grams(_watched(model.module, paths)) as sums:
+        _calls_of_block(model, batches, tower, 0)
+    return sums
+
+
+def _measure_block(
+    model: Model, batches: Sequence[Batch], tower: Tower, index: int, carried: list[Call]
+) -> dict[str, Tensor]:
+    if not carried:
+        carried.extend(_calls_of_block(model, batches, tower, index))
+    block = model.module.get_submodule(f"{tower.blocks}.{index}")
+    names = [f"{tower.blocks}.{index}.{name}" for name, _ in block.named_modules() if name]
+    with grams(_watched(model.module, names)) as sums:
+        _run_block(block, carried)
+    return sums
+
+
+def _measure_head(model: Model, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    with grams(_watched(model.module, [head for _, head in model.family.tied])) as sums:
+        for batch in batches:
+            model.family.run(model.module, batch)
+    return sums
 
 
 def _watched(module: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
@@ -216,31 +220,28 @@ class _Reached(Exception):  # noqa: N818 - not an error: the pass has gone as fa
     pass
 
 
-def _inputs_of_block(
-    module: nn.Module, run: Callable[[nn.Module, Batch], Tensor], batches: Sequence[Batch], tower: Tower, index: int
-) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _calls_of_block(model: Model, batches: Sequence[Batch], tower: Tower, index: int) -> list[Call]:
     """The arguments with which a block is called, for each batch. The pass stops there."""
-    caught: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    caught: list[Call] = []
 
     def catch(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         caught.append((args, kwargs))
         raise _Reached
 
-    handle = module.get_submodule(f"{tower.blocks}.{index}").register_forward_pre_hook(catch, with_kwargs=True)
+    block = model.module.get_submodule(f"{tower.blocks}.{index}")
+    handle = block.register_forward_pre_hook(catch, with_kwargs=True)
     try:
         for batch in batches:
-            try:
-                run(module, batch)
-            except _Reached:
-                continue
+            with contextlib.suppress(_Reached):
+                model.family.run(model.module, batch)
     finally:
         handle.remove()
     return caught
 
 
-def _run_block(block: nn.Module, inputs: Sequence[Any]) -> list[Any]:
+def _run_block(block: nn.Module, inputs: Sequence[Call]) -> list[Call]:
     """Run a block on what was caught; its output takes the place of its first argument."""
-    result = []
+    result: list[Call] = []
     for args, kwargs in inputs:
         out = block(*args, **kwargs)
         out = out[0] if isinstance(out, tuple) else out
@@ -249,7 +250,12 @@ def _run_block(block: nn.Module, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _wave(
-    model: Model, paths: list[str], measure: Measure, found: dict[str, Assignment], tied: dict[str, str], kept: Path
+    model: Model,
+    paths: list[str],
+    measure: Measure,
+    found: dict[str, Assignment],
+    tied: dict[str, str],
+    kept: Path,
 ) -> list[StepRecord]:
     """Compress the layers of one wave, or take what an earlier run kept of it."""
     from safetensors.torch import load_file, save_file
@@ -289,7 +295,7 @@ def _layer(
     weight = matrix(model.module.get_submodule(path)) if assignment.technique.name != "float16" else None
     if weight is None:
         layer = model.module.get_submodule(path)
-        weight = layer.weight.detach().reshape(layer.weight.shape[0], -1)  # type: ignore[union-attr, operator]
+        weight = layer.weight.detach().reshape(layer.weight.shape[0], -1)
     part = model.family.part_of(path)
     name = part.name if part else "other"
     if path in tied:
@@ -298,7 +304,9 @@ def _layer(
         return Edit(path, kind, args), {}, StepRecord(path, name, assignment.technique.name, 0, 0.0, 0.0)
     made: Compressed = assignment.technique.layer(weight, gram, assignment.config)
     loss = distortion(weight, made.approximation, gram)
-    record = StepRecord(path, name, assignment.technique.name, weight.numel(), round(made.rate, 4), float(f"{loss:.4g}"))
+    record = StepRecord(
+        path, name, assignment.technique.name, weight.numel(), round(made.rate, 4), float(f"{loss:.4g}")
+    )
     return Edit(path, made.kind, made.args), made.tensors, record
 
 
@@ -317,7 +325,7 @@ def _fill_(model: Model, edit: Edit, tensors: dict[str, Tensor]) -> None:
     if edit.kind == "float":
         if "tied" not in edit.args:
             weight = model.module.get_submodule(edit.path).weight
-            weight.data.copy_(tensors[f"{edit.path}.weight"].reshape(weight.shape))  # type: ignore[union-attr, operator]
+            weight.data.copy_(tensors[f"{edit.path}.weight"].reshape(weight.shape))
         return
     layer = model.edit_(edit)
     if "tied" not in edit.args:

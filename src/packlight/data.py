@@ -331,9 +331,7 @@ def _stored(audio: dict[str, Any]) -> Path | None:
             part.write_bytes(content)
             part.replace(path)
         except OSError as error:
-            raise DataError(
-                f"{path} can't be written ({error.strerror}). Set XDG_CACHE_HOME elsewhere."
-            ) from None
+            raise DataError(f"{path} can't be written ({error.strerror}). Set XDG_CACHE_HOME elsewhere.") from None
     return path
 
 

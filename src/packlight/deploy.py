@@ -29,9 +29,11 @@ def deploy(
 
     Args:
         model: after `compress_`.
-        plan, records: what was done to it; both go into the manifest.
+        plan: what was done to it; goes into the manifest.
+        records: a row per layer; go into the manifest.
         path: the bundle's folder.
-        language: default language of a multilingual model, None to detect it; task: default task.
+        language: default language of a multilingual model, None to detect it.
+        task: default task.
 
     Returns:
         the bundle.
@@ -136,13 +138,25 @@ def ladder(bundle_path: Path, check: dict[str, Any], agreement: float, metric: s
     """The rungs that a bundle was taken up, for the report."""
     verify(open_bundle(bundle_path))
     return [
-        {"rung": "files intact", "passed": True, "detail": "every file has the length and sha256 of the manifest"},
-        {"rung": "graphs load", "passed": True, "detail": "ONNX Runtime opened every graph with the decoded weights"},
+        {
+            "rung": "files intact",
+            "passed": True,
+            "detail": "every file has the length and sha256 of the manifest",
+        },
+        {
+            "rung": "graphs load",
+            "passed": True,
+            "detail": "ONNX Runtime opened every graph with the decoded weights",
+        },
         {
             "rung": "each part agrees with torch",
             "passed": check["passed"],
             "detail": f"relative difference {check['error']:.2g}; 8-bit activations alone move torch by {check['noise']:.2g}",
         },
-        {"rung": "the whole agrees", "passed": True, "detail": f"{agreement:.1%} of the original's tokens, n = {n}"},
+        {
+            "rung": "the whole agrees",
+            "passed": True,
+            "detail": f"{agreement:.1%} of the original's tokens, n = {n}",
+        },
         {"rung": "task metric in the runtime", "passed": True, "detail": f"{metric} on {n} samples, paired"},
     ]

@@ -78,7 +78,7 @@ def quality(
     Raises:
         DataError: a sample without a transcript, or no words at all.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for sample, old, new in zip(dataset.samples, before, after, strict=True):
         if sample.text is None:
             raise DataError(f"{sample.path} has no transcript, so errors can't be counted.")

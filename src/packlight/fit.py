@@ -122,14 +122,14 @@ def fit(
     return FitResult(result["verdict"]["met"], run.out, result)
 
 
-def prepare(
-    model: str, data: Path, target: Target, out: Path, options: Options, progress: Progress | None
-) -> Run:
+def prepare(model: str, data: Path, target: Target, out: Path, options: Options, progress: Progress | None) -> Run:
     """Check everything that can be checked before work starts, then load the model and make the work folder."""
     import torch
 
     if target.empty:
-        raise TargetError("The target asks for nothing. Name at least one of --max-size, --max-latency, --max-memory, --max-drop.")
+        raise TargetError(
+            "The target asks for nothing. Name at least one of --max-size, --max-latency, --max-memory, --max-drop."
+        )
     check_out(out)
     dataset = read_dataset(data, need_text=True)
     if options.calibration is None:
@@ -143,7 +143,9 @@ def prepare(
     free = shutil.disk_usage(out.parent if out.parent.is_dir() else Path.cwd()).free
     needed = 3 * loaded.source.bytes + 200_000_000
     if free < needed:
-        raise DataError(f"{out} has {free / 1e6:.0f} MB free; this fit needs about {needed / 1e6:.0f} MB. Make room or choose another disk.")
+        raise DataError(
+            f"{out} has {free / 1e6:.0f} MB free; this fit needs about {needed / 1e6:.0f} MB. Make room or choose another disk."
+        )
     identity = [loaded.source.sha256, calibration.sha256, evaluation.sha256, options.language, options.task]
     key = hashlib.sha256(json.dumps([*identity, options.seed, packlight.__version__]).encode()).hexdigest()[:12]
     work = out / "work" / key
@@ -160,7 +162,9 @@ def check_out(out: Path) -> None:
         raise DataError(f"{out} is a file. Name a folder for the results.")
     strangers = sorted(p.name for p in out.iterdir() if p.name not in _OURS) if out.is_dir() else []
     if strangers:
-        raise DataError(f"{out} holds {strangers[0]!r}, which is not ours, so nothing was written. Choose an empty folder.")
+        raise DataError(
+            f"{out} holds {strangers[0]!r}, which is not ours, so nothing was written. Choose an empty folder."
+        )
 
 
 def _answer_of(run: Run) -> Callable[[Any], list[int]]:
@@ -170,7 +174,13 @@ def _answer_of(run: Run) -> Callable[[Any], list[int]]:
 
 def _observe(run: Run) -> None:
     """The original's own words: on the evaluation samples to compare with, on the calibration samples to imitate."""
-    run.before = answers(run.evaluation, _answer_of(run), run.work / "before.jsonl", "original on evaluation samples", run.progress)
+    run.before = answers(
+        run.evaluation,
+        _answer_of(run),
+        run.work / "before.jsonl",
+        "original on evaluation samples",
+        run.progress,
+    )
     run.batches = calibration_batches(run)
 
 
@@ -197,7 +207,11 @@ def _divide(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 
 def _calibration(run: Run) -> dict[str, Any]:
-    return {"sha256": run.calibration.sha256, "n": run.calibration.n, "seconds": round(run.calibration.seconds, 1)}
+    return {
+        "sha256": run.calibration.sha256,
+        "n": run.calibration.n,
+        "seconds": round(run.calibration.seconds, 1),
+    }
 
 
 def _plan(run: Run) -> tuple[list[Level], list[Plan]]:
@@ -249,7 +263,10 @@ def _attempt(run: Run, plan: Plan) -> dict[str, Any]:
     folder = run.work / plan.key[:12]
     done = folder / "outcome.json"
     if done.is_file():
-        return dict(json.loads(done.read_text())) | {"plan": plan.name, "missed": _missed(run, json.loads(done.read_text()))}
+        return dict(json.loads(done.read_text())) | {
+            "plan": plan.name,
+            "missed": _missed(run, json.loads(done.read_text())),
+        }
     observed, judged = _divide(run.batches)
     bundle = folder / "bundle"
     fresh = load(run.model.source.path)
@@ -296,7 +313,12 @@ def _missed(run: Run, outcome: dict[str, Any]) -> list[str]:
 
 
 def _finish(
-    run: Run, levels: list[Level], plans: list[Plan], tried: list[dict[str, Any]], chosen: dict[str, Any], seconds: float
+    run: Run,
+    levels: list[Level],
+    plans: list[Plan],
+    tried: list[dict[str, Any]],
+    chosen: dict[str, Any],
+    seconds: float,
 ) -> dict[str, Any]:
     """Put the bundle, the plan, the result and the report in place."""
     from packlight.result import assemble
@@ -312,7 +334,13 @@ def _finish(
     if not kept.is_file():
         recordings = [str(s.path.resolve()) for s in spread(run.evaluation, 3)]
         write_json(kept, measure("model", run.model.source.path, recordings, threads_or_all(run.options.threads)))
-    rungs = ladder(run.out / "bundle", outcome["parity"], outcome["quality"]["token_agreement"], outcome["quality"]["name"], run.evaluation.n)
+    rungs = ladder(
+        run.out / "bundle",
+        outcome["parity"],
+        outcome["quality"]["token_agreement"],
+        outcome["quality"]["name"],
+        run.evaluation.n,
+    )
     how = {
         "machine": machine(), "threads": threads_or_all(run.options.threads), "os": platform.platform(),
         "python": platform.python_version(), "versions": versions(), "seconds": round(seconds, 1),
@@ -329,15 +357,23 @@ def _finish(
 
 
 def apply(
-    model: str, plan: Plan, data: Path | None, out: Path, options: Options | None = None, progress: Progress | None = None
+    model: str,
+    plan: Plan,
+    data: Path | None,
+    out: Path,
+    options: Options | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Run a plan on a model and write the bundle, deciding nothing.
 
     Args:
-        model: folder or hub id; plan: checked whole before any work.
+        model: folder or hub id.
+        plan: checked whole before any work.
         data: the folder that `fit` was given, or its calibration folder as `options.calibration`; None for plans
             whose techniques need no data.
         out: folder that gets `bundle/`.
+        options: see `Options`.
+        progress: called with (what, done, total).
 
     Returns:
         the bundle's folder. The same model, plan and samples give the same bytes as the fit that wrote the plan.

@@ -36,7 +36,7 @@ def describe_model(name: str, trust_remote_code: bool = False) -> dict[str, Any]
         "parts": profile(model),
         "unit": model.family.unit,
         "can": list(TECHNIQUES),
-        "layers": [{"path": p, "kind": type(m).__name__, "shape": list(m.weight.shape)} for p, m in layers.items()],  # type: ignore[union-attr, operator, arg-type]
+        "layers": [{"path": p, "kind": type(m).__name__, "shape": list(m.weight.shape)} for p, m in layers.items()],
     }
 
 

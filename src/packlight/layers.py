@@ -165,9 +165,7 @@ class CodeEmbedding(nn.Module):
         self.register_buffer("scale", torch.ones(tokens))
         self.num_embeddings = tokens
 
-    def forward(
-        self, ids: Tensor, past_key_values_length: int = 0, position_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, ids: Tensor, past_key_values_length: int = 0, position_ids: Tensor | None = None) -> Tensor:
         """Ids [...] to [..., width]. A table of positions is looked up by `position_ids`, as transformers calls it."""
         ids = ids if position_ids is None else position_ids
         if torch.compiler.is_exporting():
@@ -219,9 +217,7 @@ class GroupEmbedding(nn.Module):
         _group_buffers(self, width, tokens, bits, group)
         self.width, self.num_embeddings = width, tokens
 
-    def forward(
-        self, ids: Tensor, past_key_values_length: int = 0, position_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, ids: Tensor, past_key_values_length: int = 0, position_ids: Tensor | None = None) -> Tensor:
         """Ids [...] to [..., width]; `position_ids` as in `CodeEmbedding`."""
         ids = ids if position_ids is None else position_ids
         args = (self.packed, self.scale, self.zeros, self.bits, self.group)
@@ -309,7 +305,7 @@ def replace_(root: nn.Module, edit: Edit) -> nn.Module:
     bias = getattr(old, "bias", None)
     if bias is not None:
         with torch.no_grad():
-            new.bias.copy_(bias)  # type: ignore[union-attr, operator]
+            new.bias.copy_(bias)
     tied = edit.args.get("tied")
     if tied is not None:
         source = root.get_submodule(tied)

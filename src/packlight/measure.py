@@ -23,7 +23,11 @@ def measure(kind: str, name: str, recordings: Sequence[str], threads: int, timeo
     """Start that process and read what it says.
 
     Args:
-        kind: 'bundle' or 'model'; name: its folder; recordings: audio files; threads: 0 for all cores.
+        kind: 'bundle' or 'model'.
+        name: its folder.
+        recordings: audio files.
+        threads: 0 for all cores.
+        timeout: seconds after which the process is given up.
 
     Returns:
         'load' seconds, 'memory' bytes at the peak, 'latency' seconds per recording (median), 'energy' joules per

@@ -267,13 +267,9 @@ def _normalizer(kind: str) -> Callable[[str], str]:
     except ImportError:
         raise _missing("whisper-normalizer") from None
     result: Callable[[str], str]
-    result = (
-        EnglishTextNormalizer() if kind == "en" else BasicTextNormalizer(split_letters=kind == "characters")
-    )
+    result = EnglishTextNormalizer() if kind == "en" else BasicTextNormalizer(split_letters=kind == "characters")
     return result
 
 
 def _missing(package: str) -> RuntimeMissing:
-    return RuntimeMissing(
-        f"Scoring text needs the package {package}. Install it: pip install 'packlight[fit]'"
-    )
+    return RuntimeMissing(f"Scoring text needs the package {package}. Install it: pip install 'packlight[fit]'")

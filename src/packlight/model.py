@@ -92,7 +92,9 @@ def find_source(name: str, revision: str | None = None) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ModelError(f"{name} is a file. Name the folder that holds the model, or a hub id such as openai/whisper-tiny.en.")
+        raise ModelError(
+            f"{name} is a file. Name the folder that holds the model, or a hub id such as openai/whisper-tiny.en."
+        )
     if not _HUB_ID.match(name):
         raise ModelError(f"There is no folder {name}, and it is no hub id such as openai/whisper-tiny.en.")
     from huggingface_hub import snapshot_download
@@ -122,7 +124,9 @@ def check_weights(folder: Path) -> list[Path]:
         listed = set(json.loads(index.read_text())["weight_map"].values())
         missing = sorted(listed - {f.name for f in files})
         if missing:
-            raise ModelError(f"{folder} lacks {', '.join(missing)}, which {index.name} lists. Download the model again.")
+            raise ModelError(
+                f"{folder} lacks {', '.join(missing)}, which {index.name} lists. Download the model again."
+            )
     if not files:
         pickles = sorted(f.name for pattern in _PICKLES for f in folder.glob(pattern))
         if pickles:

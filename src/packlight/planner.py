@@ -54,7 +54,7 @@ def profile(model: Model) -> list[dict[str, Any]]:
         row = rows.setdefault(name, {"name": name, "parameters": 0, "before": 0, "multiply_adds": 0})
         row["multiply_adds"] += model.family.multiply_adds(model.module, path)
         if path not in heads:
-            count = layer.weight.numel()  # type: ignore[union-attr, operator]
+            count = layer.weight.numel()
             row["parameters"] += count
             row["before"] += 4 * count
     total = sum(r["multiply_adds"] for r in rows.values()) or 1
@@ -74,7 +74,11 @@ def measure_grams(model: Model, batches: Sequence[Batch], progress: Progress | N
 
 
 def sensitivity(
-    model: Model, sums: dict[str, Tensor], batches: Sequence[Batch], kept: Path, progress: Progress | None = None
+    model: Model,
+    sums: dict[str, Tensor],
+    batches: Sequence[Batch],
+    kept: Path,
+    progress: Progress | None = None,
 ) -> list[Level]:
     """Measure each part at each rate of `MEASURED`.
 
@@ -96,7 +100,9 @@ def sensitivity(
     for i, part in enumerate(parts):
         for j, rate in enumerate(MEASURED):
             if (part.name, rate) not in done:
-                inputs = [{k: v for k, v in b.items() if k != "states"} for b in batches] if part.tower == first else batches
+                inputs = (
+                    [{k: v for k, v in b.items() if k != "states"} for b in batches] if part.tower == first else batches
+                )
                 level = _measure_part(model, part.name, rate, sums, list(zip(inputs, reference, strict=True)))
                 append_line(kept, asdict(level))
                 done[(part.name, rate)] = level
@@ -121,10 +127,10 @@ def _measure_part(
         for path in paths:
             layer = model.module.get_submodule(path)
             weight = layer.weight
-            saved[path] = weight.detach().clone()  # type: ignore[union-attr, operator]
+            saved[path] = weight.detach().clone()
             made = technique.layer(matrix(layer), gram_of.get(path, sums.get(path)), config)
-            size += int(1.01 * made.rate * weight.numel() / 8) + 2 * len(made.approximation)  # type: ignore[union-attr, operator]
-            weight.copy_(_like(made.approximation, layer))  # type: ignore[union-attr, operator]
+            size += int(1.01 * made.rate * weight.numel() / 8) + 2 * len(made.approximation)
+            weight.copy_(_like(made.approximation, layer))
         kl, flips, count = 0.0, 0.0, 0
         for batch, reference in pairs:
             now = torch.log_softmax(model.family.run(model.module, batch), -1)
@@ -132,7 +138,7 @@ def _measure_part(
             flips += float((now.argmax(-1) != reference.argmax(-1)).sum())
             count += len(now)
         for path, weight in saved.items():
-            model.module.get_submodule(path).weight.copy_(weight)  # type: ignore[union-attr, operator]
+            model.module.get_submodule(path).weight.copy_(weight)
     return Level(part, rate, size, max(kl / count, 1e-9), flips / count)
 
 

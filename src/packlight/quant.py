@@ -137,7 +137,8 @@ def error_feedback(weight: Tensor, gram: Tensor, grid: Grid, damp: float = 0.01)
     """Codes that minimise the error of the layer's output, not of its weights.
 
     Columns are rounded one after the other; the error of each is made good by the columns not yet rounded. This is
-    GPTQ (Frantar et al. 2023, arXiv 2210.17323, algorithm 1) with its lazy blocks. Columns go in the order of falling energy, so that the important ones are rounded while there is most to correct them with.
+    GPTQ (Frantar et al. 2023, arXiv 2210.17323, algorithm 1) with its lazy blocks. Columns go in the order of falling
+    energy, so that the important ones are rounded while there is most to correct them with.
 
     Args:
         weight: [out, in].

@@ -72,9 +72,7 @@ def render(result: dict[str, Any]) -> str:
         raise DataError("The result of a run is a JSON object; this is none. Run `packlight fit` again.")
     version = result.get("version", VERSION)
     if not isinstance(version, int) or version > VERSION:
-        raise DataError(
-            f"The result has version {version!r}; this packlight reads {VERSION}. Update packlight."
-        )
+        raise DataError(f"The result has version {version!r}; this packlight reads {VERSION}. Update packlight.")
     page = files("packlight").joinpath("report_page.html").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", page, re.DOTALL)
     # The page allows this one script by its hash, so that nothing else could run even if it got in.
@@ -113,9 +111,7 @@ def _body(result: dict[str, Any], w: Words) -> str:
 def _front(result: dict[str, Any], w: Words) -> str:
     limit = number(group(result.get("target")).get("size"))
     chart = front_chart(rows(result.get("front")), limit, w)
-    keys = "".join(
-        f'<li><i class="dot {key}"></i>{escape(w[key])}</li>' for key in ("chosen", "measured", "predicted")
-    )
+    keys = "".join(f'<li><i class="dot {key}"></i>{escape(w[key])}</li>' for key in ("chosen", "measured", "predicted"))
     if not chart:
         return ""
     above = p(w["kl"], "axis-title")
@@ -194,9 +190,7 @@ def _worst(result: dict[str, Any], w: Words) -> str:
     shown = [_sample(row, w) for row in rows(result.get("worst"))]
     if not shown:
         return ""
-    keys = "".join(
-        f'<li><span class="mark {key}">{escape(w[key])}</span></li>' for key in ("sub", "ins", "del")
-    )
+    keys = "".join(f'<li><span class="mark {key}">{escape(w[key])}</span></li>' for key in ("sub", "ins", "del"))
     rest = fold(w["more_samples"].format(n=len(shown) - OPEN_SAMPLES), "".join(shown[OPEN_SAMPLES:]))
     body = f'<ul class="legend">{keys}</ul>{"".join(shown[:OPEN_SAMPLES])}{rest}'
     return section(w, "worst", body, w["worst.lead"])
@@ -264,9 +258,7 @@ def _tries(result: dict[str, Any], w: Words) -> str:
         missed = row.get("missed")
         names = w["comma"].join(named(w, name) for name in missed) if isinstance(missed, list) else ""
         met = row.get("met")
-        judged = (
-            f"✓ {w['within']}" if met is True else f"✕ {w['misses'].format(names=names)}" if names else "–"
-        )
+        judged = f"✓ {w['within']}" if met is True else f"✕ {w['misses'].format(names=names)}" if names else "–"
         name = code(text(row.get("plan")))
         if chosen and row.get("plan") == chosen:
             name += f' <b class="pick">{escape(w["chosen"])}</b>'

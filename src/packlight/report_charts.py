@@ -183,9 +183,7 @@ def _size_axis(low: float, high: float, height: float, w: Words) -> str:
     body = ""
     for tick in linear_ticks(low / scale, high / scale):
         place = across((tick * scale - low) / (high - low))
-        body += _line(place, height, place, height + 5, "axis") + _say(
-            place, height + 21, f"{tick:g}", "middle"
-        )
+        body += _line(place, height, place, height + 5, "axis") + _say(place, height + 21, f"{tick:g}", "middle")
     return body + _say("100%", height + 42, w["front.x"].format(unit=unit), "end", "quiet")
 
 
@@ -227,9 +225,7 @@ def _stack(names: Sequence[str], values: Sequence[float], whole: float, y: int, 
     for name, value in zip(names, values, strict=True):
         width = value / whole
         tip = f"{named(w, name)} · {format_bytes(value)} · {percent(value / (sum(values) or 1))}"
-        bar = (
-            f'<rect x="{across(start)}" y="{y}" width="{across(width)}" height="34" class="c{colour[name]}"/>'
-        )
+        bar = f'<rect x="{across(start)}" y="{y}" width="{across(width)}" height="34" class="c{colour[name]}"/>'
         body += _group(bar, tip, "cut")
         start += width
     return body
@@ -336,9 +332,7 @@ def _columns(
             tip.append(f"{w['distortion']} {small(error)}")
         place = f'x="{across((i + 0.12) / len(entries))}" width="{across(0.76 / len(entries))}"'
         size = f'y="{top + tall * (1 - height):.1f}" height="{max(tall * height, 1):.1f}"'
-        body += _group(
-            f'<rect {place} {size} class="c{colour.get(part, 0)}"/>', " · ".join(filter(None, tip))
-        )
+        body += _group(f'<rect {place} {size} class="c{colour.get(part, 0)}"/>', " · ".join(filter(None, tip)))
     return body
 
 
@@ -359,9 +353,7 @@ def gauge(before: float | None, after: float, limit: float | None, label: str) -
     return _svg(body, label, 22)
 
 
-def interval_chart(
-    low: float | None, middle: float, high: float | None, limit: float | None, label: str
-) -> str:
+def interval_chart(low: float | None, middle: float, high: float | None, limit: float | None, label: str) -> str:
     """The estimate with its interval on a line through zero, with a tick at the limit. All in ratios."""
     marks = [v for v in (low, middle, high, limit, 0.0) if v is not None]
     start, reach = min(marks), (max(marks) - min(marks)) or 1.0

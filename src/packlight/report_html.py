@@ -19,9 +19,7 @@ def section(w: Words, key: str, body: str, lead: str = "") -> str:
     return f'<section class="{key}"><h2>{escape(w[key])}</h2>{p(lead, "lead")}{body}</section>'
 
 
-def table(
-    head: Sequence[str], body: Sequence[Sequence[str]], style: str = "", foot: Sequence[str] = ()
-) -> str:
+def table(head: Sequence[str], body: Sequence[Sequence[str]], style: str = "", foot: Sequence[str] = ()) -> str:
     """A table of cells that are HTML already. On a phone a 'stack' table has each cell under its heading."""
     if not body:
         return ""

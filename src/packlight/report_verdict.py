@@ -74,9 +74,7 @@ def asked(result: dict[str, Any], w: Words) -> str:
     """The target in one line: the limits that were set, the runtime and the device."""
     target = group(result.get("target"))
     said = [
-        f"{w[m.name]} {w['at_most'].format(value=m.show(m.limit))}"
-        for m in _measures(result)
-        if m.limit is not None
+        f"{w[m.name]} {w['at_most'].format(value=m.show(m.limit))}" for m in _measures(result) if m.limit is not None
     ]
     drop, relative = number(target.get("drop")), number(target.get("drop_relative"))
     if drop is not None:
@@ -93,9 +91,7 @@ def _summary(result: dict[str, Any], w: Words) -> str:
     for m in _measures(result):
         if m.before is not None and m.after is not None and m.change(w):
             change = w["change"]
-            said.append(
-                change.format(name=w[m.name], before=m.show(m.before), after=m.show(m.after), how=m.change(w))
-            )
+            said.append(change.format(name=w[m.name], before=m.show(m.before), after=m.show(m.after), how=m.change(w)))
     before, after, difference = (number(metric.get(key)) for key in ("before", "after", "difference"))
     if before is not None and after is not None and difference is not None:
         step = f"{signed(difference)} {w['pp']}"
@@ -193,9 +189,7 @@ def _metric_card(result: dict[str, Any], w: Words) -> str:
     if allowed is not None:
         limit = f"{signed(allowed)} {w['pp']}"
     if after is None:
-        return _card_box(
-            name, ["", p(w["not_measured"], "big none"), "", ""], _limit_line(None, limit, "", w)
-        )
+        return _card_box(name, ["", p(w["not_measured"], "big none"), "", ""], _limit_line(None, limit, "", w))
     was = p(w["from"].format(value=percent(before)), "quiet") if before is not None else ""
     change, picture, within, over = "", "", None, ""
     if difference is not None:
@@ -207,9 +201,7 @@ def _metric_card(result: dict[str, Any], w: Words) -> str:
         judged = high if strict and high is not None else difference
         within = None if allowed is None else judged <= allowed
         over = f"{signed(judged - allowed, 2)} {w['pp']}" if allowed is not None and not within else ""
-    return _card_box(
-        name, [change, p(percent(after), "big"), was, picture], _limit_line(within, limit, over, w)
-    )
+    return _card_box(name, [change, p(percent(after), "big"), was, picture], _limit_line(within, limit, over, w))
 
 
 def _interval(metric: dict[str, Any], w: Words) -> str:
@@ -234,9 +226,7 @@ def _more(result: dict[str, Any], w: Words) -> str:
     )
     for key, name, show in shows:
         if number(after.get(key)) is not None:
-            pair = " → ".join(
-                maybe(side.get(key), show) for side in (before, after) if side.get(key) is not None
-            )
+            pair = " → ".join(maybe(side.get(key), show) for side in (before, after) if side.get(key) is not None)
             said.append((w[f"more.{name}"], pair))
     for key, name in (("token_agreement", "agreement"), ("identical", "identical")):
         if number(metric.get(key)) is not None:

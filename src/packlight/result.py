@@ -9,11 +9,21 @@ from packlight.plan import Plan
 
 
 def assemble(
-    run: Any, levels: Sequence[Any], plans: Sequence[Plan], tried: Sequence[dict[str, Any]], chosen: dict[str, Any], extra: dict[str, Any]
+    run: Any,
+    levels: Sequence[Any],
+    plans: Sequence[Plan],
+    tried: Sequence[dict[str, Any]],
+    chosen: dict[str, Any],
+    extra: dict[str, Any],
 ) -> dict[str, Any]:
     """Put the parts together; `run` is `packlight.fit.Run`, `extra` holds 'original', 'ladder', 'how', 'profile'."""
     outcome = chosen["outcome"]
-    found, timing, process, original = outcome["quality"], outcome["timing"], outcome["process"], extra["original"]
+    found, timing, process, original = (
+        outcome["quality"],
+        outcome["timing"],
+        outcome["process"],
+        extra["original"],
+    )
     source, before_bytes = run.model.source, run.model.source.bytes
     plan = next(p for p in plans if p.name == outcome["plan"])
     version = extra["how"]["versions"]
@@ -79,7 +89,12 @@ def _verdict(run: Any, chosen: dict[str, Any], rungs: Sequence[dict[str, Any]]) 
 
 
 def _data(dataset: Any) -> dict[str, Any]:
-    return {"source": Path(dataset.source).name, "n": dataset.n, "seconds": dataset.seconds, "sha256": dataset.sha256}
+    return {
+        "source": Path(dataset.source).name,
+        "n": dataset.n,
+        "seconds": dataset.seconds,
+        "sha256": dataset.sha256,
+    }
 
 
 def _parts(profile: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -95,7 +110,10 @@ def _parts(profile: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]])
 
 
 def _measured(plan: Plan, tried: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    return next(({"size": t["size"], "difference": t["quality"]["difference"]} for t in tried if t["plan"] == plan.name), None)
+    return next(
+        ({"size": t["size"], "difference": t["quality"]["difference"]} for t in tried if t["plan"] == plan.name),
+        None,
+    )
 
 
 def _notes(run: Any, found: dict[str, Any]) -> list[str]:

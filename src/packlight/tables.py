@@ -1,7 +1,6 @@
 """The whole inventory on one page. Adding a family, a technique or a runtime is one file and one line here."""
 
-from packlight.families import Family
-from packlight.families import whisper
+from packlight.families import Family, whisper
 from packlight.techniques import Technique
 from packlight.techniques.codes import ERROR_FEEDBACK, ROUND_TO_NEAREST
 from packlight.techniques.float16 import FLOAT16

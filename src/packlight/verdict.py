@@ -30,7 +30,12 @@ def conclude(tried: Sequence[dict[str, Any]], target: Target) -> dict[str, Any]:
     relax = {name: _value(best, name) for name in best["missed"]}
     words = ", ".join(f"{_NAMES[name]} to {_written(name, value)}" for name, value in relax.items())
     sentence = f"Plan {best['plan']} comes nearest: it is met if you relax the {words}."
-    return {"outcome": best, "met": False, "binding": binding, "nearest": {"plan": best["plan"], "relax": relax, "sentence": sentence}}
+    return {
+        "outcome": best,
+        "met": False,
+        "binding": binding,
+        "nearest": {"plan": best["plan"], "relax": relax, "sentence": sentence},
+    }
 
 
 def excess(outcome: dict[str, Any], target: Target) -> float:

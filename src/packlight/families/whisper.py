@@ -83,7 +83,9 @@ def _tokenizer_json(folder: Path) -> str:
     try:
         return str(AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer.to_str())
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{folder} has no tokenizer.json and none can be made ({str(error).splitlines()[0]}).") from None
+        raise ModelError(
+            f"{folder} has no tokenizer.json and none can be made ({str(error).splitlines()[0]})."
+        ) from None
 
 
 def _ids_from_tokenizer(tokenizer: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +188,11 @@ def detect_language(module: nn.Module, audio: np.ndarray, settings: dict[str, An
 
 
 def prepare(
-    module: nn.Module, audio: np.ndarray, words: Sequence[int], opening: Sequence[int], settings: dict[str, Any]
+    module: nn.Module,
+    audio: np.ndarray,
+    words: Sequence[int],
+    opening: Sequence[int],
+    settings: dict[str, Any],
 ) -> Batch:
     """A batch of one for teacher-forced passes.
 
@@ -352,7 +358,10 @@ FAMILY = Family(
     architectures=("WhisperForConditionalGeneration",),
     modalities=("audio", "text"),
     task="speech-to-text",
-    towers=(Tower("encoder", "audio", "model.encoder.layers"), Tower("decoder", "text", "model.decoder.layers")),
+    towers=(
+        Tower("encoder", "audio", "model.encoder.layers"),
+        Tower("decoder", "text", "model.decoder.layers"),
+    ),
     parts=(
         Part("encoder convolutions", ("model.encoder.conv*",), "encoder"),
         Part("encoder attention", ("model.encoder.layers.*.self_attn.*",), "encoder"),
@@ -390,4 +399,3 @@ def tiny(seed: int = 0, **changes: Any) -> nn.Module:
     }  # fmt: skip
     torch.manual_seed(seed)
     return WhisperForConditionalGeneration(WhisperConfig(**{**values, **changes})).eval()
-

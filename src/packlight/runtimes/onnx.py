@@ -62,7 +62,9 @@ def open_graphs(files: Mapping[str, Path], weights: Iterable[tuple[str, Array]],
         try:
             session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # noqa: BLE001 - the runtime raises plain exceptions of its own module
-            raise BundleError(f"ONNX Runtime {ort.__version__} can't load {file}: {str(error).splitlines()[0]}") from None
+            raise BundleError(
+                f"ONNX Runtime {ort.__version__} can't load {file}: {str(error).splitlines()[0]}"
+            ) from None
         opened[name] = _opened(session)
     return opened
 
@@ -95,7 +97,7 @@ def external_names(graph: bytes) -> list[str]:
                 continue
             parts = dict(_fields(tensor))
             if parts.get(14) == 1:
-                names.append(bytes(parts[8]).decode())  # type: ignore[arg-type]
+                names.append(bytes(parts[8]).decode())
     return names
 
 

@@ -71,9 +71,7 @@ def _group_linear(x: Any, packed: Any, scale: Any, zeros: Any, bits: int, group:
     )
 
 
-def _group_embedding(
-    ids: Any, packed: Any, scale: Any, zeros: Any, bits: int, group: int, width: int
-) -> Any:
+def _group_embedding(ids: Any, packed: Any, scale: Any, zeros: Any, bits: int, group: int, width: int) -> Any:
     rows, groups = int(packed.shape[0]), int(packed.shape[1])
     shape = op.Constant(value_ints=[-1, groups, group])
     flat = op.Reshape(ids, op.Constant(value_ints=[-1]))
@@ -118,9 +116,7 @@ def export(graph: Graph, root: torch.nn.Module) -> tuple[bytes, dict[str, Array]
         the ONNX file without weights, and name -> array of the weights that it expects. What several graphs
         share has the same name in each.
     """
-    dynamic = [
-        {axis: torch.export.Dim.DYNAMIC for axis in graph.dynamic.get(name, {})} or None for name in graph.inputs
-    ]
+    dynamic = [dict.fromkeys(graph.dynamic.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in graph.inputs]
     shapes: Any = tuple(dynamic)
     if len(graph.args) > 1:  # the modules take their first tensor by name and the rest as *args
         shapes = (dynamic[0], tuple(dynamic[1:]))

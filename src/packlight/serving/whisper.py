@@ -96,9 +96,7 @@ class Settings:
         for names, holds, kind in _KINDS:
             for name in names:
                 if not holds(values[name]):
-                    raise BundleError(
-                        f"The Whisper settings: {name!r} must be {kind}. Write the bundle again."
-                    )
+                    raise BundleError(f"The Whisper settings: {name!r} must be {kind}. Write the bundle again.")
         lists = {name: tuple(values[name]) for name in ("suppress", "begin_suppress")}
         return cls(**(values | lists))
 
@@ -211,9 +209,7 @@ def _known_language(settings: Settings, language: str | None) -> str | None:
     language = language or settings.language
     known = settings.language_ids or {"en": 0}
     if language is not None and language not in known:
-        raise DataError(
-            f"The model does not know the language {language!r}. Known: {', '.join(sorted(known))}."
-        )
+        raise DataError(f"The model does not know the language {language!r}. Known: {', '.join(sorted(known))}.")
     return language
 
 
@@ -244,9 +240,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] += perf_counter() - begin
 
 
-def _encode(
-    encoder: Part, settings: Settings, window: np.ndarray, seconds: dict[str, float]
-) -> dict[str, Any]:
+def _encode(encoder: Part, settings: Settings, window: np.ndarray, seconds: dict[str, float]) -> dict[str, Any]:
     """The keys and values of the window that the decoder attends to, as the runtime returned them."""
     with _timed(seconds, "features"):
         features = log_mel(window, settings.mel_bins, settings.frames)

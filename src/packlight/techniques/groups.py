@@ -48,7 +48,7 @@ def group_weights(weight: Tensor, gram: Tensor | None, config: GroupsConfig) -> 
     """Grouped codes of one weight."""
     grid = group_grid(weight, config.bits, config.group)
     use = config.feedback and gram is not None
-    codes = error_feedback(weight, gram, grid, config.damp) if use else grid.codes(weight)  # type: ignore[arg-type]
+    codes = error_feedback(weight, gram, grid, config.damp) if use else grid.codes(weight)
     groups = grid.scale.shape[1]
     padding = groups * config.group - weight.shape[1]
     # Padding columns hold the zero point, so that they stand for 0 whatever the kernel multiplies them with.

@@ -1,0 +1,269 @@
+"""Running a plan: checked first, wave by wave, taken up again after a stop; and the graphs that come of it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from packlight.compress import check, compress_
+from packlight.errors import BundleError, PlanError
+from packlight.families import Batch, Graph, whisper
+from packlight.model import Model, Source
+from packlight.plan import Plan, Step, StepRecord
+from packlight.quant import LIMIT
+from packlight.runtimes.onnx import external_names, open_graphs
+from packlight.runtimes.onnx_export import export
+
+REST = Step("float16")
+CODES = Step("error_feedback", {"rate": 5.0}, ("model.encoder.*", "model.decoder.layers.*"))
+EXPORTED: dict[str, tuple[Step, ...]] = {
+    "codes": (Step("round_to_nearest", {"activations": "float"}),),
+    "groups": (Step("group_weights", {"bits": 4, "group": 32, "feedback": False}),),
+}
+COUNTS = {"codes": torch.int8, "packed": torch.uint8, "zeros": torch.uint8}
+
+
+def fresh() -> Model:
+    source = Source("tiny", "", "huggingface", "WhisperForConditionalGeneration", None, "mit", "float32", "0", 0)
+    return Model(whisper.tiny(), whisper.FAMILY, source, "{}", {})
+
+
+def calibration() -> list[Batch]:
+    generator = torch.Generator().manual_seed(4)
+    return [
+        {
+            "input_features": torch.randn(1, 80, 3000, generator=generator),
+            "decoder_input_ids": torch.randint(0, 200, (1, 12), generator=generator),
+            "first": torch.tensor(1),
+        }
+        for _ in range(2)
+    ]
+
+
+def records_of(step: Step, work: Path) -> dict[str, StepRecord]:
+    return {r.path: r for r in compress_(fresh(), Plan((step, REST)), calibration(), work)}
+
+
+# The check before any work -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def original() -> Model:
+    return fresh()
+
+
+@pytest.mark.parametrize(
+    ("plan", "named"),
+    [
+        (Plan((Step("magic"),)), "Step 1.*magic.*Known.*error_feedback"),
+        (Plan((REST, Step("round_to_nearest", {"bits": 4}))), "Step 2.*no setting bits.*rate"),
+        (Plan((Step("round_to_nearest", {"rate": 9.0}),)), "rate is 9"),
+        (Plan((Step("round_to_nearest", {"rate": "four"}),)), "wrong type"),
+        (Plan((Step("round_to_nearest", {"activations": "int4"}),)), "int4"),
+        (Plan((Step("group_weights", {"bits": 3}),)), "4 or 8"),
+        (Plan((Step("group_weights", {"group": 33}),)), "33"),
+        (Plan((Step("error_feedback", {"damp": 0.0}),)), "damp"),
+        (Plan((Step("round_to_nearest", scope=("encoder.*",)),)), r"encoder\.\*.*inspect"),
+        (Plan((Step("round_to_nearest", scope=("proj_out",)), REST)), "one step must take both"),
+        (Plan((Step("round_to_nearest", scope=("*embed_tokens",)),)), "one step must take both"),
+        (Plan((REST,), family="llava"), "llava.*whisper"),
+        (Plan((Step("error_feedback"),)), "calibration samples.*--data"),
+        (Plan((Step("group_weights"),)), "calibration samples.*--data"),
+    ],
+)
+def test_check_refuses_a_plan_with_what_is_wrong(original: Model, plan: Plan, named: str) -> None:
+    with pytest.raises(PlanError, match=named):
+        check(plan, original)
+
+
+def test_check_refuses_other_calibration_samples(original: Model) -> None:
+    plan = Plan((Step("error_feedback"),), calibration={"sha256": "a" * 64})
+    with pytest.raises(PlanError, match="Name the same samples"):
+        check(plan, original, "b" * 64)
+    assert check(plan, original, "a" * 64)
+
+
+def test_check_gives_each_layer_to_the_first_step_that_names_it(original: Model) -> None:
+    plan = Plan((Step("float16", scope=("*.fc1",)), Step("round_to_nearest", scope=("model.encoder.*",)), REST))
+    found = check(plan, original)
+    assert found.keys() == original.layers().keys()
+    assert found["model.encoder.layers.1.fc1"].technique.name == "float16"
+    assert found["model.encoder.layers.1.fc2"].technique.name == "round_to_nearest"
+    assert found["model.decoder.layers.1.fc2"].technique.name == "float16"
+
+
+def test_check_needs_no_samples_when_no_layer_does(original: Model) -> None:
+    assert check(Plan((Step("round_to_nearest"),)), original)
+
+
+# Carrying it out ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_stopped_after_a_wave_ends_like_one_that_was_not(tmp_path: Path) -> None:
+    plan, batches = (
+        Plan((CODES, Step("error_feedback", {"rate": 6.0}, ("*embed_tokens", "proj_out")), REST)),
+        calibration(),
+    )
+    whole = fresh()
+    records = compress_(whole, plan, batches, tmp_path / "whole")
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress_(fresh(), plan, batches, tmp_path / "stopped", stop)
+    kept = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "stopped").glob("wave_*.safetensors")}
+    assert sorted(kept) == ["wave_000.safetensors", "wave_001.safetensors"]
+
+    calls: list[tuple[int, int]] = []
+    resumed = fresh()
+    again = compress_(resumed, plan, batches, tmp_path / "stopped", lambda what, n, total: calls.append((n, total)))
+    assert again == records
+    assert calls == [(n, 7) for n in range(1, 8)]
+    assert all((tmp_path / "stopped" / name).stat().st_mtime_ns == t for name, t in kept.items())
+    assert [asdict(e) for e in resumed.edits] == [asdict(e) for e in whole.edits]
+    expected, got = whole.module.state_dict(), resumed.module.state_dict()
+    assert expected.keys() == got.keys()
+    assert [name for name, tensor in expected.items() if not torch.equal(tensor, got[name])] == []
+
+
+def test_error_feedback_distorts_less_than_rounding_on_every_measured_part(tmp_path: Path) -> None:
+    scope = ("model.encoder.layers.*", "model.decoder.layers.*")
+    rounded = records_of(Step("round_to_nearest", {"rate": 3.0}, scope), tmp_path / "rounded")
+    fed = records_of(Step("error_feedback", {"rate": 3.0}, scope), tmp_path / "fed")
+    paths = [p for p, r in fed.items() if r.technique == "error_feedback"]
+    assert len(paths) == 2 * 6 + 2 * 10
+    # Rounding's own record has no Gram matrix, hence weight error; with random weights the two measures agree.
+    for path in paths:
+        assert fed[path].distortion < rounded[path].distortion, path
+    mean_fed = np.mean([fed[p].distortion for p in paths])
+    assert mean_fed < 0.8 * np.mean([rounded[p].distortion for p in paths])
+
+
+def test_records_say_what_happened_to_every_layer(tmp_path: Path) -> None:
+    model = fresh()
+    sizes = {path: layer.weight.numel() for path, layer in model.layers().items()}  # type: ignore[union-attr]
+    records = compress_(model, Plan((CODES, REST)), calibration(), tmp_path)
+    assert sorted(r.path for r in records) == sorted(sizes)
+    for record in records:
+        assert record.parameters == (0 if record.path == "proj_out" else sizes[record.path])
+        if record.technique == "error_feedback":
+            assert record.rate == pytest.approx(5.0, abs=0.3) and 0 < record.distortion < 0.01
+        assert record.part != "other"
+
+
+def test_float16_steps_leave_floats_that_float16_holds(tmp_path: Path) -> None:
+    model = fresh()
+    compress_(model, Plan((REST,)), [], tmp_path)
+    assert not model.edits
+    for name, parameter in model.module.named_parameters():
+        assert torch.equal(parameter, parameter.half().float()), name
+
+
+def test_a_tied_head_shares_its_tables_codes(tmp_path: Path) -> None:
+    model = fresh()
+    compress_(model, Plan(EXPORTED["codes"]), [], tmp_path)
+    table, head = model.module.model.decoder.embed_tokens, model.module.proj_out  # type: ignore[union-attr]
+    assert table.codes.data_ptr() == head.codes.data_ptr()  # type: ignore[union-attr, operator]
+    assert table.scale.data_ptr() == head.scale.data_ptr()  # type: ignore[union-attr, operator]
+
+
+# The exported graphs --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=list(EXPORTED))
+def exported(request: Any, tmp_path_factory: Any) -> tuple[Model, dict[str, Graph], dict[str, tuple[bytes, Any]]]:
+    model = fresh()
+    compress_(model, Plan(EXPORTED[request.param]), calibration()[:1], tmp_path_factory.mktemp("work"))
+    graphs = {g.name: g for g in whisper.graphs(model.module)}
+    return model, graphs, {name: export(g, model.module) for name, g in graphs.items()}
+
+
+def inputs_of(graph: Graph) -> list[torch.Tensor]:
+    """Other inputs than those it was exported with: random, and with another number of tokens in the cache."""
+    generator = torch.Generator().manual_seed(8)
+    made = []
+    for name, arg in zip(graph.inputs, graph.args, strict=True):
+        shape = [5 if axis in graph.dynamic.get(name, {}) else n for axis, n in enumerate(arg.shape)]
+        whole = arg.dtype == torch.long
+        made.append(
+            torch.randint(0, 200, shape, generator=generator) if whole else torch.randn(shape, generator=generator)
+        )
+    return made
+
+
+def test_the_graphs_agree_with_torch(exported: Any, tmp_path: Path) -> None:
+    _, graphs, made = exported
+    files = {}
+    for name, (data, _) in made.items():
+        files[name] = tmp_path / f"{name}.onnx"
+        files[name].write_bytes(data)
+    weights = {k: v for _, arrays in made.values() for k, v in arrays.items()}
+    opened = open_graphs(files, weights.items(), 1)
+    for name, graph in graphs.items():
+        args = inputs_of(graph)
+        with torch.no_grad():
+            expected = graph.module(*args)
+        got = opened[name].run({n: a.numpy() for n, a in zip(graph.inputs, args, strict=True)})
+        for output, tensor in zip(graph.outputs, expected, strict=True):
+            assert got[output].numpy().shape == tuple(tensor.shape)
+            error = np.abs(got[output].numpy() - tensor.numpy()).max()
+            assert error < 1e-4 * max(1.0, float(tensor.abs().max())), f"{name} {output}: {error}"
+
+
+def test_integers_stay_integers_and_no_float_copy_of_them_is_kept(exported: Any) -> None:
+    model, _, made = exported
+    weights = {k: v for _, arrays in made.values() for k, v in arrays.items()}
+    state = model.module.state_dict()
+    integers = [n for n, t in state.items() if t.dtype in (torch.int8, torch.uint8) and t.numel() >= 256]
+    stored = {t.data_ptr() for n, t in state.items() if n in weights}
+    assert len(integers) > 30
+    for name in integers:
+        assert state[name].data_ptr() in stored, name
+    coded = {n.rpartition(".")[0] for n in integers}
+    sizes = {state[n].numel() * (2 if n.endswith("packed") else 1) for n in integers if not n.endswith("zeros")}
+    for name, array in weights.items():
+        path, _, last = name.rpartition(".")
+        if last in COUNTS:
+            assert array.dtype in (np.int8, np.uint8) and np.array_equal(array, state[name].numpy()), name
+        else:
+            # Scales and biases are all the floats there are; positions of the encoder may be made of nothing else.
+            assert array.size not in sizes or last in ("scale", "bias"), f"{name}: {array.shape} {array.dtype}"
+        assert not (path in coded and last == "weight"), name
+        if last == "codes":
+            assert np.abs(array.astype(int)).max() <= LIMIT
+
+
+def test_weights_are_shared_by_name_and_few_beside_the_codes(exported: Any) -> None:
+    _, _, made = exported
+    shared = made["encoder"][1].keys() & made["decoder"][1].keys()
+    for name in shared:
+        assert np.array_equal(made["encoder"][1][name], made["decoder"][1][name])
+    for data, arrays in made.values():
+        assert sorted(set(external_names(data))) == sorted(arrays)
+        assert len(data) < 400_000
+
+
+def test_exporting_twice_gives_the_same_bytes(exported: Any) -> None:
+    model, _, made = exported
+    graph = next(g for g in whisper.graphs(model.module) if g.name == "encoder")
+    data, arrays = export(graph, model.module)
+    assert data == made["encoder"][0]
+    assert arrays.keys() == made["encoder"][1].keys()
+    assert all(np.array_equal(array, made["encoder"][1][name]) for name, array in arrays.items())
+
+
+def test_open_refuses_graphs_that_lack_weights_or_are_cut_short(exported: Any, tmp_path: Path) -> None:
+    data, arrays = exported[2]["encoder"]
+    file = tmp_path / "encoder.onnx"
+    file.write_bytes(data)
+    lacking = dict(list(arrays.items())[1:])
+    with pytest.raises(BundleError, match="expects 1 weights that the bundle lacks"):
+        open_graphs({"encoder": file}, lacking.items(), 1)
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(BundleError):
+        open_graphs({"encoder": file}, arrays.items(), 1)

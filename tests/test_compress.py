@@ -11,24 +11,26 @@ import torch
 from packlight.compress import check, compress_
 from packlight.errors import BundleError, PlanError
 from packlight.families import Batch, Graph, whisper
+from packlight.layers import CodeLinear, matrix
 from packlight.model import Model, Source
-from packlight.plan import Plan, Step, StepRecord
-from packlight.quant import LIMIT
+from packlight.observe import grams
+from packlight.plan import Plan, Step
+from packlight.quant import LIMIT, distortion
 from packlight.runtimes.onnx import external_names, open_graphs
 from packlight.runtimes.onnx_export import export
 
 REST = Step("float16")
-CODES = Step("error_feedback", {"rate": 5.0}, ("model.encoder.*", "model.decoder.layers.*"))
+CODES = Step("error_feedback", {"rate": 5.0}, ("model.encoder.conv*", "model.*coder.layers.*"))
+WIDE = {"d_model": 128, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256}
 EXPORTED: dict[str, tuple[Step, ...]] = {
     "codes": (Step("round_to_nearest", {"activations": "float"}),),
     "groups": (Step("group_weights", {"bits": 4, "group": 32, "feedback": False}),),
 }
-COUNTS = {"codes": torch.int8, "packed": torch.uint8, "zeros": torch.uint8}
 
 
-def fresh() -> Model:
+def fresh(**changes: Any) -> Model:
     source = Source("tiny", "", "huggingface", "WhisperForConditionalGeneration", None, "mit", "float32", "0", 0)
-    return Model(whisper.tiny(), whisper.FAMILY, source, "{}", {})
+    return Model(whisper.tiny(**changes), whisper.FAMILY, source, "{}", {})
 
 
 def calibration() -> list[Batch]:
@@ -43,8 +45,17 @@ def calibration() -> list[Batch]:
     ]
 
 
-def records_of(step: Step, work: Path) -> dict[str, StepRecord]:
-    return {r.path: r for r in compress_(fresh(), Plan((step, REST)), calibration(), work)}
+def distortions(technique: str, gram_of: dict[str, torch.Tensor], work: Path) -> dict[str, float]:
+    """What a technique does to each layer's output, measured with the same Gram matrices whatever the technique."""
+    model, original = fresh(), fresh()
+    scope = ("model.encoder.layers.*", "model.decoder.layers.*")
+    compress_(model, Plan((Step(technique, {"rate": 3.0}, scope),)), calibration(), work)
+    found = {}
+    for path, gram in gram_of.items():
+        layer = model.module.get_submodule(path)
+        weight = (layer.codes.float() * layer.scale).T  # type: ignore[operator, union-attr]
+        found[path] = distortion(matrix(original.module.get_submodule(path)), weight, gram)
+    return found
 
 
 # The check before any work -------------------------------------------------------------------------------------------
@@ -131,17 +142,18 @@ def test_a_run_stopped_after_a_wave_ends_like_one_that_was_not(tmp_path: Path) -
     assert [name for name, tensor in expected.items() if not torch.equal(tensor, got[name])] == []
 
 
-def test_error_feedback_distorts_less_than_rounding_on_every_measured_part(tmp_path: Path) -> None:
-    scope = ("model.encoder.layers.*", "model.decoder.layers.*")
-    rounded = records_of(Step("round_to_nearest", {"rate": 3.0}, scope), tmp_path / "rounded")
-    fed = records_of(Step("error_feedback", {"rate": 3.0}, scope), tmp_path / "fed")
-    paths = [p for p, r in fed.items() if r.technique == "error_feedback"]
-    assert len(paths) == 2 * 6 + 2 * 10
-    # Rounding's own record has no Gram matrix, hence weight error; with random weights the two measures agree.
-    for path in paths:
-        assert fed[path].distortion < rounded[path].distortion, path
-    mean_fed = np.mean([fed[p].distortion for p in paths])
-    assert mean_fed < 0.8 * np.mean([rounded[p].distortion for p in paths])
+def test_error_feedback_distorts_less_than_rounding_at_the_same_rate(tmp_path: Path) -> None:
+    original = fresh()
+    layers = {p: layer for p, layer in original.layers().items() if ".layers." in p}
+    with torch.no_grad(), grams(layers) as sums:
+        for batch in calibration():
+            whisper.run(original.module, batch)
+    assert len(sums) == 2 * 6 + 2 * 10
+    rounded = distortions("round_to_nearest", sums, tmp_path / "rounded")
+    fed = distortions("error_feedback", sums, tmp_path / "fed")
+    worse = [p for p in fed if fed[p] >= rounded[p]]
+    assert not worse
+    assert np.mean(list(fed.values())) < 0.8 * np.mean(list(rounded.values()))
 
 
 def test_records_say_what_happened_to_every_layer(tmp_path: Path) -> None:
@@ -177,7 +189,7 @@ def test_a_tied_head_shares_its_tables_codes(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module", params=list(EXPORTED))
 def exported(request: Any, tmp_path_factory: Any) -> tuple[Model, dict[str, Graph], dict[str, tuple[bytes, Any]]]:
-    model = fresh()
+    model = fresh(**WIDE)
     compress_(model, Plan(EXPORTED[request.param]), calibration()[:1], tmp_path_factory.mktemp("work"))
     graphs = {g.name: g for g in whisper.graphs(model.module)}
     return model, graphs, {name: export(g, model.module) for name, g in graphs.items()}
@@ -219,23 +231,26 @@ def test_integers_stay_integers_and_no_float_copy_of_them_is_kept(exported: Any)
     model, _, made = exported
     weights = {k: v for _, arrays in made.values() for k, v in arrays.items()}
     state = model.module.state_dict()
-    integers = [n for n, t in state.items() if t.dtype in (torch.int8, torch.uint8) and t.numel() >= 256]
-    stored = {t.data_ptr() for n, t in state.items() if n in weights}
-    assert len(integers) > 30
-    for name in integers:
-        assert state[name].data_ptr() in stored, name
-    coded = {n.rpartition(".")[0] for n in integers}
-    sizes = {state[n].numel() * (2 if n.endswith("packed") else 1) for n in integers if not n.endswith("zeros")}
+    large = {n: t for n, t in state.items() if n.endswith((".codes", ".packed"))}
+    assert len(large) == 2 * 6 + 2 * 10 + 2 + 2 + 2
+    pointers = {t.data_ptr() for n, t in state.items() if n in weights}
+    assert [n for n, t in large.items() if t.data_ptr() not in pointers] == []
     for name, array in weights.items():
-        path, _, last = name.rpartition(".")
-        if last in COUNTS:
-            assert array.dtype in (np.int8, np.uint8) and np.array_equal(array, state[name].numpy()), name
-        else:
-            # Scales and biases are all the floats there are; positions of the encoder may be made of nothing else.
-            assert array.size not in sizes or last in ("scale", "bias"), f"{name}: {array.shape} {array.dtype}"
-        assert not (path in coded and last == "weight"), name
+        last = name.rpartition(".")[2]
+        if last in ("codes", "packed", "zeros"):
+            assert array.dtype == (np.int8 if last == "codes" else np.uint8) and np.array_equal(array, state[name]), name
         if last == "codes":
             assert np.abs(array.astype(int)).max() <= LIMIT
+        if array.dtype.kind == "f":  # scales, biases, norms: far fewer than the codes of the smallest matrix
+            assert last != "weight" or "norm" in name, name
+            assert array.size < 128 * 128, f"{name}: {array.shape}"
+
+
+@pytest.mark.xfail(strict=True, reason="the exporter folds products of up to 8192 constants into floats")
+def test_small_codes_with_float_activations_stay_integers_too() -> None:
+    layer = CodeLinear(64, 64, False, False)
+    _, arrays = export(Graph("one", layer, (torch.ones(1, 64),), ("x",), ("y",), {}), layer)
+    assert arrays["codes"].dtype == np.int8
 
 
 def test_weights_are_shared_by_name_and_few_beside_the_codes(exported: Any) -> None:

@@ -3,21 +3,24 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "Step", "Target", "fit", "load", "open_served"]
+__all__ = ["Options", "Plan", "Step", "Target", "apply", "fit", "load", "open_served"]
 
 if TYPE_CHECKING:
-    from packlight.fit import fit
-    from packlight.load import load
+    from packlight.applying import Options, apply
+    from packlight.fitting import fit
+    from packlight.loading import load
     from packlight.plan import Plan, Step
     from packlight.serve import open_served
     from packlight.target import Target
 
 _HOMES = {
+    "Options": "packlight.applying",
+    "apply": "packlight.applying",
     "Plan": "packlight.plan",
     "Step": "packlight.plan",
     "Target": "packlight.target",
-    "fit": "packlight.fit",
-    "load": "packlight.load",
+    "fit": "packlight.fitting",
+    "load": "packlight.loading",
     "open_served": "packlight.serve",
 }
 

@@ -38,7 +38,7 @@ def bench_bundle(
         if against:
             import torch
 
-            from packlight.load import load
+            from packlight.loading import load
 
             torch.set_num_threads(threads)
             model = load(against)
@@ -97,7 +97,7 @@ def evaluate_one(
         import torch
         from tokenizers import Tokenizer
 
-        from packlight.load import load
+        from packlight.loading import load
 
         torch.set_num_threads(threads_or_all(threads))
         model = load(name, trust_remote_code=trust)

@@ -164,8 +164,8 @@ def fit(
         strict=strict,
     )
     _quiet_libraries()
-    from packlight.fit import Options
-    from packlight.fit import fit as run
+    from packlight.applying import Options
+    from packlight.fitting import fit as run
 
     command = "packlight " + shlex.join(sys.argv[1:])
     options = Options(calibration, language, task, threads, seed, trust_remote_code, command)
@@ -231,8 +231,8 @@ def apply(
 
     steps = read_plan(plan)
     _quiet_libraries()
-    from packlight.fit import Options
-    from packlight.fit import apply as run
+    from packlight.applying import Options
+    from packlight.applying import apply as run
 
     options = Options(calibration, language, task, threads, steps.seed, trust_remote_code)
     bundle = run(model, steps, data, out, options, _bar(as_json))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from packlight.errors import ModelError
-from packlight.load import architecture_of, describe, load, model_bytes, stored_dtype
+from packlight.loading import architecture_of, describe, load, model_bytes, stored_dtype
 from packlight.model import find_source, licence_of
 from packlight.planner import profile
 from packlight.tables import TECHNIQUES, family_of

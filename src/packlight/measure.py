@@ -79,7 +79,7 @@ def _answerer(kind: str, name: str, threads: int) -> Any:
         return served.answer
     import torch
 
-    from packlight.load import load
+    from packlight.loading import load
 
     torch.set_num_threads(threads or (os.cpu_count() or 1))
     model = load(name)

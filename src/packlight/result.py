@@ -16,7 +16,7 @@ def assemble(
     chosen: dict[str, Any],
     extra: dict[str, Any],
 ) -> dict[str, Any]:
-    """Put the parts together; `run` is `packlight.fit.Run`, `extra` holds 'original', 'ladder', 'how', 'profile'."""
+    """Put the parts together; `run` is `packlight.fitting.Run`, `extra` holds 'original', 'ladder', 'how', 'profile'."""
     outcome = chosen["outcome"]
     found, timing, process, original = (
         outcome["quality"],

@@ -8,19 +8,20 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import packlight
+from packlight.applying import Options, calibration_batches, check_out, divide
 from packlight.bundle import is_bundle, open_bundle
 from packlight.compress import check, compress_
 from packlight.data import Dataset, check_disjoint, read_dataset, split
 from packlight.deploy import deploy, ladder, parity, versions
-from packlight.errors import DataError, PacklightError, TargetError
+from packlight.errors import DataError, TargetError
 from packlight.evaluate import TIMED, answers, quality, spread, threads_or_all, time_pair
 from packlight.families import Batch
-from packlight.load import load
+from packlight.loading import load
 from packlight.measure import machine, measure
 from packlight.model import Model
 from packlight.plan import Plan, write_json
@@ -33,32 +34,7 @@ from packlight.verdict import conclude
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 
-OBSERVED = 40  # calibration samples for the Gram matrices
-JUDGED = 10  # further ones for sensitivity
 _TRIES = 6
-_OURS = ("work", "result.json", "plan.json", "bundle", "report.html", "log.jsonl")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a fit may be told besides its target.
-
-    Args:
-        calibration: folder of calibration samples; None splits the data.
-        language, task: of a multilingual model; None detects the language.
-        threads: 0 for all cores.
-        seed: of everything random.
-        trust_remote_code: see `load`.
-        command: the command line, for the report.
-    """
-
-    calibration: Path | None = None
-    language: str | None = None
-    task: str = "transcribe"
-    threads: int = 0
-    seed: int = 0
-    trust_remote_code: bool = False
-    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -156,17 +132,6 @@ def prepare(model: str, data: Path, target: Target, out: Path, options: Options,
     return Run(loaded, target, options, out, work, calibration, evaluation, progress)
 
 
-def check_out(out: Path) -> None:
-    """Refuse an output folder that holds anything that is not ours. Raises DataError."""
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file. Name a folder for the results.")
-    strangers = sorted(p.name for p in out.iterdir() if p.name not in _OURS) if out.is_dir() else []
-    if strangers:
-        raise DataError(
-            f"{out} holds {strangers[0]!r}, which is not ours, so nothing was written. Choose an empty folder."
-        )
-
-
 def _answer_of(run: Run) -> Callable[[Any], list[int]]:
     model, options = run.model, run.options
     return lambda audio: model.family.answer(model.module, audio, model.settings, options.language, options.task)
@@ -181,29 +146,7 @@ def _observe(run: Run) -> None:
         "original on evaluation samples",
         run.progress,
     )
-    run.batches = calibration_batches(run)
-
-
-def calibration_batches(run: Run) -> list[Batch]:
-    """Teacher-forced batches of calibration samples with the original's own words."""
-    from packlight.audio import read_audio
-
-    picked = replace(run.calibration, samples=spread(run.calibration, OBSERVED + JUDGED))
-    words = answers(picked, _answer_of(run), run.work / "words.jsonl", "original on calibration samples", run.progress)
-    family, model = run.model.family, run.model
-    batches = []
-    for sample, ids in zip(picked.samples, words, strict=True):
-        audio = read_audio(sample.path)
-        language = run.options.language or family.detect_language(model.module, audio, model.settings)
-        opening = family.prompt(model.settings, language, run.options.task)
-        batches.append(family.prepare(model.module, audio, ids, opening, model.settings))
-    return batches
-
-
-def _divide(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """(for Gram matrices, for sensitivity): every fifth judges."""
-    judged = [b for i, b in enumerate(batches) if i % 5 == 4]
-    return [b for i, b in enumerate(batches) if i % 5 != 4], judged or batches[:1]
+    run.batches = calibration_batches(run.model, run.calibration, run.options, run.work, run.progress)
 
 
 def _calibration(run: Run) -> dict[str, Any]:
@@ -215,7 +158,7 @@ def _calibration(run: Run) -> dict[str, Any]:
 
 
 def _plan(run: Run) -> tuple[list[Level], list[Plan]]:
-    observed, judged = _divide(run.batches)
+    observed, judged = divide(run.batches)
     kept = run.work / "sensitivity.jsonl"
     sums = measure_grams(run.model, observed, run.progress)
     levels = sensitivity(run.model, sums, judged, kept, run.progress)
@@ -267,7 +210,7 @@ def _attempt(run: Run, plan: Plan) -> dict[str, Any]:
             "plan": plan.name,
             "missed": _missed(run, json.loads(done.read_text())),
         }
-    observed, judged = _divide(run.batches)
+    observed, judged = divide(run.batches)
     bundle = folder / "bundle"
     fresh = load(run.model.source.path)
     records = compress_(fresh, plan, observed, folder / "waves", _named(run, plan))
@@ -354,51 +297,3 @@ def _finish(
     write_json(run.out / "result.json", result)
     write_report(result, run.out / "report.html")
     return result
-
-
-def apply(
-    model: str,
-    plan: Plan,
-    data: Path | None,
-    out: Path,
-    options: Options | None = None,
-    progress: Progress | None = None,
-) -> Path:
-    """Run a plan on a model and write the bundle, deciding nothing.
-
-    Args:
-        model: folder or hub id.
-        plan: checked whole before any work.
-        data: the folder that `fit` was given, or its calibration folder as `options.calibration`; None for plans
-            whose techniques need no data.
-        out: folder that gets `bundle/`.
-        options: see `Options`.
-        progress: called with (what, done, total).
-
-    Returns:
-        the bundle's folder. The same model, plan and samples give the same bytes as the fit that wrote the plan.
-    """
-    options = options or Options()
-    check_out(out)
-    dataset = None
-    if options.calibration is not None:
-        dataset = read_dataset(options.calibration)
-    elif data is not None:
-        dataset = split(read_dataset(data), plan.seed)[0]
-    import torch
-
-    torch.set_num_threads(threads_or_all(options.threads))
-    loaded = load(model, trust_remote_code=options.trust_remote_code)
-    check(plan, loaded, dataset.sha256 if dataset else None)
-    work = out / "work" / plan.key[:12]
-    work.mkdir(parents=True, exist_ok=True)
-    batches: list[Batch] = []
-    if dataset is not None:
-        run = Run(loaded, Target(), options, out, work, dataset, dataset, progress)
-        batches = _divide(calibration_batches(run))[0]
-    records = compress_(loaded, plan, batches, work / "waves", progress)
-    deploy(loaded, plan, records, out / "bundle", options.language, options.task)
-    return out / "bundle"
-
-
-__all__ = ["FitResult", "Options", "PacklightError", "apply", "fit"]

@@ -1,0 +1,126 @@
+"""Run a plan on a model and write the bundle, deciding nothing: what `fit` does with each plan, callable alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from packlight.audio import read_audio
+from packlight.compress import check, compress_
+from packlight.data import Dataset, read_dataset, split
+from packlight.deploy import deploy
+from packlight.errors import DataError
+from packlight.evaluate import answers, spread, threads_or_all
+from packlight.families import Batch
+from packlight.loading import load
+from packlight.model import Model
+from packlight.plan import Plan
+
+Progress = Callable[[str, int, int], None]
+
+OBSERVED = 40  # calibration samples for the Gram matrices
+JUDGED = 10  # further ones for sensitivity
+_OURS = ("work", "result.json", "plan.json", "bundle", "report.html", "log.jsonl")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a fit may be told besides its target.
+
+    Args:
+        calibration: folder of calibration samples; None splits the data.
+        language, task: of a multilingual model; None detects the language.
+        threads: 0 for all cores.
+        seed: of everything random.
+        trust_remote_code: see `load`.
+        command: the command line, for the report.
+    """
+
+    calibration: Path | None = None
+    language: str | None = None
+    task: str = "transcribe"
+    threads: int = 0
+    seed: int = 0
+    trust_remote_code: bool = False
+    command: str = ""
+
+
+def check_out(out: Path) -> None:
+    """Refuse an output folder that holds anything that is not ours. Raises DataError."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file. Name a folder for the results.")
+    strangers = sorted(p.name for p in out.iterdir() if p.name not in _OURS) if out.is_dir() else []
+    if strangers:
+        raise DataError(
+            f"{out} holds {strangers[0]!r}, which is not ours, so nothing was written. Choose an empty folder."
+        )
+
+
+def calibration_batches(
+    model: Model, calibration: Dataset, options: Options, work: Path, progress: Progress | None
+) -> list[Batch]:
+    """Teacher-forced batches of calibration samples with the original's own words."""
+    picked = replace(calibration, samples=spread(calibration, OBSERVED + JUDGED))
+    family = model.family
+
+    def answer(audio: Any) -> list[int]:
+        return family.answer(model.module, audio, model.settings, options.language, options.task)
+
+    words = answers(picked, answer, work / "words.jsonl", "original on calibration samples", progress)
+    batches = []
+    for sample, ids in zip(picked.samples, words, strict=True):
+        audio = read_audio(sample.path)
+        language = options.language or family.detect_language(model.module, audio, model.settings)
+        opening = family.prompt(model.settings, language, options.task)
+        batches.append(family.prepare(model.module, audio, ids, opening, model.settings))
+    return batches
+
+
+def divide(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """(for Gram matrices, for sensitivity): every fifth judges."""
+    judged = [b for i, b in enumerate(batches) if i % 5 == 4]
+    return [b for i, b in enumerate(batches) if i % 5 != 4], judged or batches[:1]
+
+
+def apply(
+    model: str,
+    plan: Plan,
+    data: Path | None,
+    out: Path,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Run a plan on a model and write the bundle, deciding nothing.
+
+    Args:
+        model: folder or hub id.
+        plan: checked whole before any work.
+        data: the folder that `fit` was given, or its calibration folder as `options.calibration`; None for plans
+            whose techniques need no data.
+        out: folder that gets `bundle/`.
+        options: see `Options`.
+        progress: called with (what, done, total).
+
+    Returns:
+        the bundle's folder. The same model, plan and samples give the same bytes as the fit that wrote the plan.
+    """
+    options = options or Options()
+    check_out(out)
+    dataset = None
+    if options.calibration is not None:
+        dataset = read_dataset(options.calibration)
+    elif data is not None:
+        dataset = split(read_dataset(data), plan.seed)[0]
+    torch.set_num_threads(threads_or_all(options.threads))
+    loaded = load(model, trust_remote_code=options.trust_remote_code)
+    check(plan, loaded, dataset.sha256 if dataset else None)
+    work = out / "work" / plan.key[:12]
+    work.mkdir(parents=True, exist_ok=True)
+    batches: list[Batch] = []
+    if dataset is not None:
+        batches = divide(calibration_batches(loaded, dataset, options, work, progress))[0]
+    records = compress_(loaded, plan, batches, work / "waves", progress)
+    deploy(loaded, plan, records, out / "bundle", options.language, options.task)
+    return out / "bundle"

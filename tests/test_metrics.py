@@ -30,7 +30,7 @@ from packlight.metrics import (
         ("東京タワー。", "ja", "東 京 タ ワ ー"),
         ("東京タワー。", "de", "東京タワー"),
         ("你好 ABC", "zh", "你 好 a b c"),
-        ("...", "en", ""),
+        ("?!", "en", ""),
         ("", "zh", ""),
     ],
 )
@@ -121,7 +121,7 @@ def test_word_error_rate_is_that_of_the_corpus_not_the_mean_of_rates() -> None:
 
 
 def test_word_error_rate_refuses_when_there_are_no_words() -> None:
-    with pytest.raises(DataError, match="The 2 reference transcripts hold no words.*Evaluate on samples with"):
+    with pytest.raises(DataError, match=r"The 2 reference transcripts hold no words.*Evaluate on samples with"):
         word_error_rate([3, 0], [0, 0])
     with pytest.raises(DataError, match="hold no words"):
         word_error_rate([], [])
@@ -186,9 +186,7 @@ def test_paired_bootstrap_leaves_out_resamples_without_words() -> None:
 def test_paired_bootstrap_draws_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = paired_bootstrap(ERRORS, ERRORS[::-1], WORDS, resamples=101)
     monkeypatch.setattr("packlight.metrics._BLOCK", 80)
-    blocks = paired_bootstrap(ERRORS, ERRORS[::-1], WORDS, resamples=101)
-    assert blocks.difference == whole.difference
-    assert blocks.high - blocks.low == pytest.approx(whole.high - whole.low, rel=0.4)
+    assert paired_bootstrap(ERRORS, ERRORS[::-1], WORDS, resamples=101) == whole
 
 
 def test_paired_interval_covers_the_truth_about_as_often_as_it_says() -> None:
@@ -204,7 +202,7 @@ def test_paired_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         covered += found.low <= truth <= found.high
         widths.append(found.high - found.low)
     assert 0.90 <= covered / trials <= 0.98
-    # The difference's own spread, from theory: binomial noise of the added errors alone. An unpaired one is far wider.
+    # From theory: the binomial noise of the added errors alone. An unpaired interval is far wider.
     assert np.mean(widths) == pytest.approx(2 * 1.96 * np.sqrt(truth * (1 - truth) / (100 * 22)), rel=0.15)
 
 
@@ -219,6 +217,7 @@ def test_paired_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         (([], [], []), "no sample to compare"),
         (([1, -1], [1, 1], [3, 3]), "one of them is negative"),
         (([1, 1], [1, float("nan")], [3, 3]), "not a finite number"),
+        (([1, 1], [1, 1], [3, float("inf")]), "not a finite number"),
         (([1, 1], [1, 1], [0, 0]), "The 2 reference transcripts hold no words"),
         (([1], [1], [1], 0), "0 resamples give no interval"),
     ],

@@ -250,8 +250,8 @@ def _entry(folder: Path, row: dict[str, Any], where: str) -> _Entry | str:
     text = row[text_key] if text_key else None
     if text is not None and not isinstance(text, str):
         return f"{where}: '{text_key}' must be a string, it is {json.dumps(text)[:60]}"
-    if _printable(file) != file or _printable(text or "") != (text or ""):
-        return f"{where} holds half a character (a lone surrogate), which no UTF-8 file can hold"
+    if text is not None and _printable(text) != text:
+        return f"{where}: '{text_key}' holds half a character (a lone surrogate), which can't be written as UTF-8"
     # Lexically: resolving links would lose the names of files in Hugging Face's cache.
     return _Entry(Path(os.path.normpath(folder / file)), text, where)
 
@@ -346,11 +346,14 @@ def _checked(folder: Path, entries: list[_Entry], problems: _Problems) -> tuple[
             case = f"{name} ({listed[name].where} and {entry.where})"
             problems.setdefault("Files listed twice", []).append(case)
         listed[name] = entry
-    ids = {name: _printable(str(PurePosixPath(name).parent / PurePosixPath(name).stem)) for name in listed}
+    ids = {name: str(PurePosixPath(name).parent / PurePosixPath(name).stem) for name in listed}
     if len(set(ids.values())) < len(ids):
-        ids = {name: _printable(name) for name in listed}
+        ids = {name: name for name in listed}
     samples = []
     for name, entry in sorted(listed.items()):
+        if _printable(str(entry.path)) != str(entry.path):
+            problems.setdefault("Names that are not UTF-8", []).append(f"{name} ({entry.where})")
+            continue
         if not _is_file(entry.path):
             problems.setdefault("Missing files", []).append(f"{name} ({entry.where})")
             continue
@@ -393,5 +396,5 @@ def _some(cases: Sequence[str]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text that any terminal and file can take: bytes of names that are no UTF-8 are written as escapes."""
+    """The text with escapes for what UTF-8 can't hold: stray bytes of file names, halves of characters."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from small_whisper import save_model, save_speech
 
 import packlight
 from packlight.bundle import open_bundle
 from packlight.errors import DataError, TargetError
 from packlight.evaluate import spread
 from packlight.plan import read_plan
+from small_whisper import save_model, save_speech
 
 COMMAND = [sys.executable, "-c", "from packlight.cli import main; main()"]
 
@@ -38,7 +38,7 @@ def road(tmp_path_factory):
 def test_fit_meets_a_generous_target_and_writes_everything(road):
     _, _, out, found = road
     assert found.met
-    assert {p.name for p in out.iterdir()} == {"work", "bundle", "plan.json", "result.json", "report.html"}
+    assert {p.name for p in out.iterdir()} == {"work", "bundle", "plan.json", "result.json", "report.html", "log.jsonl"}
     result = json.loads((out / "result.json").read_text())
     assert result["verdict"]["headline"] == "MEETS TARGET"
     assert result["after"]["size"] == sum(f.stat().st_size for f in (out / "bundle").iterdir())
@@ -68,6 +68,7 @@ def test_bundle_answers_as_the_original_does_when_weights_stay_float(road, tmp_p
         assert list(served.answer(audio).tokens) == said
 
 
+@pytest.mark.slow
 def test_impossible_target_gives_the_nearest_point_and_status_3(road):
     model, data, _, _ = road
     out = data.parent / "impossible"

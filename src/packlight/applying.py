@@ -17,6 +17,7 @@ from packlight.families import Batch
 from packlight.loading import load
 from packlight.model import Model
 from packlight.plan import Plan
+from packlight.target import find_device
 
 Progress = Callable[[str, int, int], None]
 
@@ -45,6 +46,11 @@ class Options:
     seed: int = 0
     trust_remote_code: bool = False
     command: str = ""
+
+
+def threads_of(options: Options, device: str = "local") -> int:
+    """Threads for everything that is run and timed: asked for, else the named device's, else all cores."""
+    return threads_or_all(options.threads or find_device(device).threads)
 
 
 def check_out(out: Path) -> None:

@@ -61,6 +61,8 @@ def write_bundle(path: Path, manifest: dict[str, Any], fill: Callable[[Path], No
     Raises:
         BundleError: the folder exists and is no bundle.
     """
+    if path.exists() and not path.is_dir():
+        raise BundleError(f"{path} is a file, so nothing was written. Name a folder for the bundle.")
     if path.exists() and not (is_bundle(path) or not any(path.iterdir())):
         raise BundleError(f"{path} exists and is no bundle of ours, so nothing was written. Choose another folder.")
     draft = path.with_name(path.name + ".part")

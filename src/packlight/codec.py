@@ -61,6 +61,8 @@ def decode(data: bytes, coding: str, dtype: str, shape: tuple[int, ...]) -> Arra
     """
     if dtype not in _DTYPES or any(not isinstance(n, int) or n < 0 for n in shape):
         raise BundleError(f"The weights file names an array of {dtype} {list(shape)}, which the format does not know.")
+    if (coding == "float16" and dtype != "float32") or (coding == "huffman" and dtype not in ("int8", "uint8")):
+        raise BundleError(f"The weights file codes an array of {dtype} as {coding}, which the format does not allow.")
     stored = "float16" if coding == "float16" else dtype
     size = int(np.dtype(stored).itemsize * np.prod(shape, dtype=object))
     if size > _MAX_BYTES:
@@ -69,6 +71,8 @@ def decode(data: bytes, coding: str, dtype: str, shape: tuple[int, ...]) -> Arra
         coder = zlib.decompressobj(-15)
         try:
             data = coder.decompress(data, size + 1)
+            if not coder.eof or coder.unused_data:
+                raise BundleError("Coded weights end too early or too late; the file is damaged.")
         except zlib.error as error:
             raise BundleError(f"Coded weights are damaged ({error}).") from None
     elif coding not in ("raw", "float16"):
@@ -127,7 +131,7 @@ def read_weights(path: Path) -> Iterator[tuple[str, Array]]:
             for name in names:
                 entry = index[name]
                 data = file.get_tensor(name)
-                if data.dtype != np.uint8 or not isinstance(entry, dict):
+                if data.dtype != np.uint8 or not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
                     raise BundleError(f"{path}: the array {name} is not stored as bytes.")
                 yield (
                     name,

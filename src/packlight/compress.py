@@ -38,6 +38,11 @@ class Assignment:
     technique: Technique
     config: Any
 
+    @property
+    def needs_gram(self) -> bool:
+        """Whether this technique, with these settings, needs calibration data."""
+        return "gram" in self.technique.needs and getattr(self.config, "feedback", True)
+
 
 def check(plan: Plan, model: Model, calibration: str | None = None) -> dict[str, Assignment]:
     """Check a whole plan against a model before any work.
@@ -100,7 +105,7 @@ def _technique(name: str, config: dict[str, Any], number: int) -> tuple[Techniqu
 
 
 def _check_calibration(plan: Plan, found: dict[str, Assignment], calibration: str | None) -> None:
-    needing = sorted({a.technique.name for a in found.values() if "gram" in a.technique.needs})
+    needing = sorted({a.technique.name for a in found.values() if a.needs_gram})
     if needing and calibration is None:
         raise PlanError(f"The plan uses {', '.join(needing)}, which needs calibration samples. Name them with --data.")
     wanted = plan.calibration.get("sha256")
@@ -136,7 +141,7 @@ def compress_(
     total = sum(1 for _ in _wave_names(model))
     records: list[StepRecord] = []
     torch.manual_seed(plan.seed)
-    need = any("gram" in a.technique.needs for a in found.values())
+    need = any(a.needs_gram for a in found.values())
     tied = {head: table for table, head in model.family.tied if _is_tied(model.module, table, head)}
     with torch.inference_mode(False), torch.no_grad():
         for number, (layers, sums) in enumerate(_waves(model, batches if need else [])):
@@ -267,7 +272,7 @@ def _wave(
         for entry in values["edits"]:
             _fill_(model, Edit(**entry), tensors)
         return [StepRecord(**r) for r in values["records"]]
-    needed = [p for p in paths if p in found and "gram" in found[p].technique.needs]
+    needed = [p for p in paths if p in found and found[p].needs_gram]
     sums = measure() if needed else {}
     for head, table in tied.items():  # rows of the table are the outputs of its head
         if head in sums:

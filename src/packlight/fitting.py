@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import packlight
-from packlight.applying import Options, calibration_batches, check_out, divide
+from packlight.applying import Options, calibration_batches, check_out, divide, threads_of
 from packlight.bundle import is_bundle, open_bundle
 from packlight.compress import check, compress_
 from packlight.data import Dataset, check_disjoint, read_dataset, split
 from packlight.deploy import deploy, ladder, parity, versions
 from packlight.errors import DataError, TargetError
-from packlight.evaluate import TIMED, answers, quality, spread, threads_or_all, time_pair
+from packlight.evaluate import TIMED, answers, quality, spread, time_pair
 from packlight.families import Batch
 from packlight.loading import load
 from packlight.measure import machine, measure
 from packlight.model import Model
 from packlight.plan import Plan, write_json
-from packlight.planner import Level, front, measure_grams, profile, sensitivity
+from packlight.planner import Level, append_line, front, measure_grams, profile, sensitivity
 from packlight.report import write_report
 from packlight.serve import open_served
-from packlight.target import Target, find_device
+from packlight.target import Target
 from packlight.verdict import conclude
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def prepare(model: str, data: Path, target: Target, out: Path, options: Options,
     else:
         calibration, evaluation = read_dataset(options.calibration), dataset
         check_disjoint(calibration, evaluation)
-    torch.set_num_threads(threads_or_all(options.threads or find_device(target.device).threads))
+    torch.set_num_threads(threads_of(options, target.device))
     loaded = load(model, trust_remote_code=options.trust_remote_code)
     loaded.family.prompt(loaded.settings, options.language, options.task)  # raises for a language it does not know
     free = shutil.disk_usage(out.parent if out.parent.is_dir() else Path.cwd()).free
@@ -174,7 +174,9 @@ def _search(run: Run, plans: Sequence[Plan]) -> list[dict[str, Any]]:
 
     def attempt(plan: Plan) -> dict[str, Any]:
         if plan.name not in tried:
-            tried[plan.name] = _attempt(run, plan)
+            tried[plan.name] = found = _attempt(run, plan)
+            row = {key: found[key] for key in ("plan", "size", "quality", "timing", "process", "missed")}
+            append_line(run.out / "log.jsonl", row)
             run.overhead = int(tried[plan.name]["size"] - plan.expected["bytes"])
         return tried[plan.name]
 
@@ -216,7 +218,7 @@ def _attempt(run: Run, plan: Plan) -> dict[str, Any]:
     records = compress_(fresh, plan, observed, folder / "waves", _named(run, plan))
     if not is_bundle(bundle):
         deploy(fresh, plan, records, bundle, run.options.language, run.options.task)
-    threads = threads_or_all(run.options.threads)
+    threads = threads_of(run.options, run.target.device)
     served = open_served(bundle, threads)
 
     def reply(audio: Any) -> list[int]:
@@ -276,7 +278,9 @@ def _finish(
     kept = run.work / "original.json"
     if not kept.is_file():
         recordings = [str(s.path.resolve()) for s in spread(run.evaluation, 3)]
-        write_json(kept, measure("model", run.model.source.path, recordings, threads_or_all(run.options.threads)))
+        write_json(
+            kept, measure("model", run.model.source.path, recordings, threads_of(run.options, run.target.device))
+        )
     rungs = ladder(
         run.out / "bundle",
         outcome["parity"],
@@ -285,7 +289,7 @@ def _finish(
         run.evaluation.n,
     )
     how = {
-        "machine": machine(), "threads": threads_or_all(run.options.threads), "os": platform.platform(),
+        "machine": machine(), "threads": threads_of(run.options, run.target.device), "os": platform.platform(),
         "python": platform.python_version(), "versions": versions(), "seconds": round(seconds, 1),
         "date": datetime.date.today().isoformat(),
     }  # fmt: skip

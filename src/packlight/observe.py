@@ -21,11 +21,14 @@ def grams(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
         path -> [in, in] float64, filled while the context is open.
     """
     sums: dict[str, Tensor] = {}
+    seen: list[tuple[Tensor, Tensor]] = []  # the last input and its Gram matrix: query, key and value share theirs
 
     def watch(path: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = matrix_inputs(module, args[0].detach())
-            gram = (rows.T @ rows).double()
+            if not (seen and seen[0][0] is args[0] and isinstance(module, nn.Linear)):
+                rows = matrix_inputs(module, args[0].detach())
+                seen[:] = [(args[0], (rows.T @ rows).double())]
+            gram = seen[0][1]
             sums[path] = sums[path] + gram if path in sums else gram
 
         return layer.register_forward_pre_hook(hook)

@@ -97,6 +97,9 @@ def plan_from_dict(values: dict[str, Any], where: str = "the plan") -> Plan:
     if not isinstance(steps, list) or not steps:
         raise PlanError(f"{where}: 'steps' must be a list with at least one step.")
     rest = {k: v for k, v in values.items() if k != "steps"}
+    for key, kind in (("calibration", dict), ("expected", dict), ("seed", int), ("family", str), ("name", str)):
+        if key in rest and not isinstance(rest[key], kind):
+            raise PlanError(f"{where}: {key!r} must be of type {kind.__name__}. See docs/reference/plan.md.")
     return Plan(steps=tuple(_step(s, f"{where}: step {i + 1}") for i, s in enumerate(steps)), **rest)
 
 
@@ -107,7 +110,7 @@ def _step(values: Any, where: str) -> Step:
     if unknown:
         raise PlanError(f"{where}: unknown keys {', '.join(unknown)}.")
     scope = values.get("scope", ["*"])
-    if isinstance(scope, str) or not all(isinstance(s, str) for s in scope) or not scope:
+    if not isinstance(scope, list | tuple) or not all(isinstance(s, str) for s in scope) or not scope:
         raise PlanError(f"{where}: 'scope' must be a list of wildcards, e.g. [\"model.encoder.*\"].")
     config = values.get("config", {})
     if not isinstance(config, dict):

@@ -42,6 +42,7 @@ class Level:
     kl: float
     flips: float
     measured: bool = True
+    technique: str = "error_feedback"
 
 
 def profile(model: Model) -> list[dict[str, Any]]:
@@ -98,7 +99,8 @@ def sensitivity(
     parts = [p for p in family.parts if any(p is family.part_of(path) for path in model.layers())]
     levels = []
     for i, part in enumerate(parts):
-        for j, rate in enumerate(MEASURED):
+        rates = (*MEASURED, 8.0) if _is_table(model, part.name) else MEASURED
+        for j, rate in enumerate(rates):
             if (part.name, rate) not in done:
                 inputs = (
                     [{k: v for k, v in b.items() if k != "states"} for b in batches] if part.tower == first else batches
@@ -116,8 +118,9 @@ def _measure_part(
     model: Model, part: str, rate: float | None, sums: dict[str, Tensor], pairs: list[tuple[Batch, Tensor]]
 ) -> Level:
     """Compress one part's weights, compare with the original, put the weights back."""
-    technique = TECHNIQUES["error_feedback"]
-    config = technique.config(rate=rate)
+    name = "group_weights" if rate == 8.0 else "error_feedback"
+    technique = TECHNIQUES[name]
+    config = technique.config(bits=8) if name == "group_weights" else technique.config(rate=rate)
     heads = {head: table for table, head in model.family.tied}
     gram_of = {table: sums.get(head) for head, table in heads.items()}
     paths = [p for p in model.layers() if (q := model.family.part_of(p)) and q.name == part and p not in heads]
@@ -139,7 +142,12 @@ def _measure_part(
             count += len(now)
         for path, weight in saved.items():
             model.module.get_submodule(path).weight.copy_(weight)
-    return Level(part, rate, size, max(kl / count, 1e-9), flips / count)
+    return Level(part, rate, size, max(kl / count, 1e-9), flips / count, technique=name)
+
+
+def _is_table(model: Model, part: str) -> bool:
+    """Whether a part is a table tied to a head: it runs one token at a time, where 8-bit groups are fast too."""
+    return any((p := model.family.part_of(table)) is not None and p.name == part for table, _ in model.family.tied)
 
 
 def _like(weight: Tensor, layer: nn.Module) -> Tensor:
@@ -152,11 +160,13 @@ def _like(weight: Tensor, layer: nn.Module) -> Tensor:
 
 def levels_between(levels: Sequence[Level]) -> list[Level]:
     """The levels of one part at all rates a plan may use; log(KL) and bytes linear between measured rates."""
+    grouped = [lv for lv in levels if lv.technique == "group_weights"]
+    levels = [lv for lv in levels if lv.technique != "group_weights"]
     finest = levels[0]
     top = next((lv.rate for lv in levels if lv.rate), 4.0) or 4.0
     codes = max(lv.bytes / (lv.rate or 1) for lv in levels if lv.rate)  # bytes per bit of rate
     points = sorted((lv.rate or finest.bytes / codes, lv) for lv in levels)
-    result = [finest]
+    result = [finest, *grouped]
     for rate in _FINE:
         if rate >= max(points[-1][0], top):
             continue
@@ -197,13 +207,21 @@ def _plan(model: Model, picked: Sequence[Level], name: str, calibration: dict[st
     steps = []
     for level in picked:
         part = next(p for p in model.family.parts if p.name == level.part)
-        rate = "the finest 7-bit grid" if level.rate is None else f"{level.rate:g} bits per weight"
+        groups = level.technique == "group_weights"
+        rate = (
+            "8-bit groups of 32"
+            if groups
+            else "the finest 7-bit grid"
+            if level.rate is None
+            else f"{level.rate:g} bits per weight"
+        )
         how = "measured" if level.measured else "interpolated between measured rates"
         reason = (
             f"{level.part}: {rate}; KL {level.kl:.2g} per token, {level.flips:.1%} of top tokens changed ({how}); "
             "8-bit activations, because integer kernels are the fast ones"
         )
-        steps.append(Step("error_feedback", {"rate": level.rate, "activations": "int8"}, part.paths, reason))
+        config = {"bits": 8, "group": 32} if groups else {"rate": level.rate, "activations": "int8"}
+        steps.append(Step(level.technique, config, part.paths, reason))
     steps.append(Step("float16", {}, ("*",), "norms and biases: too few bytes to gain anything"))
     expected = {"bytes": float(sum(lv.bytes for lv in picked)), "kl": sum(lv.kl for lv in picked)}
     return Plan(tuple(steps), model.family.name, calibration, seed, name, expected)

@@ -53,7 +53,7 @@ def assemble(
                    "interleaved": True},
         "parts": _parts(extra["profile"], outcome["records"]),
         "files": [{"name": f.name, "bytes": f.stat().st_size} for f in sorted((run.out / "bundle").iterdir())],
-        "sensitivity": [{"part": lv.part, "level": "finest" if lv.rate is None else f"{lv.rate:g} bits", "bytes": lv.bytes,
+        "sensitivity": [{"part": lv.part, "level": "8-bit groups" if lv.technique == "group_weights" else "finest" if lv.rate is None else f"{lv.rate:g} bits", "bytes": lv.bytes,
                          "kl": lv.kl, "flips": lv.flips} for lv in levels],
         "layers": outcome["records"],
         "front": [{"plan": p.name, "bytes": p.expected["bytes"] + run.overhead, "kl": p.expected["kl"],

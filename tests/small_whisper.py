@@ -13,7 +13,8 @@ from packlight.families.whisper import tiny
 def save_model(folder: Path) -> Path:
     """Write the model as transformers would."""
     folder.mkdir(parents=True)
-    model = tiny()
+    # No token above the specials: a random model would say timestamps, and transformers would seek by them.
+    model = tiny(vocab_size=153)
     model.save_pretrained(folder)
     settings = {
         "decoder_start_token_id": 151,

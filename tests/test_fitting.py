@@ -54,6 +54,7 @@ def test_apply_gives_the_bytes_of_the_fit_that_wrote_the_plan(road, tmp_path):
     assert (bundle / "manifest.json").read_bytes() == (out / "bundle" / "manifest.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_bundle_answers_as_the_original_does_when_weights_stay_float(road, tmp_path):
     model, data, _, _ = road
     plan = packlight.Plan((packlight.Step("float16"),))

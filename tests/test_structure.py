@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("observe", "model", "data"),
     ("techniques", "techniques.*", "runtimes", "runtimes.*", "serving", "serving.*"),
     ("tables",),
-    ("loading", "planner", "compress", "evaluate", "deploy", "serve", "measure", "verdict", "result"),
+    ("loading", "sensitivity", "planner", "compress", "evaluate", "deploy", "serve", "measure", "verdict", "result"),
     ("applying", "inspecting", "benching"),
     ("fitting",),
     ("cli", "__init__"),

@@ -11,7 +11,7 @@ says dtype, shape and coding of each. docs/reference/bundle.md has the format.
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def encode(array: Array) -> tuple[bytes, str]:
     return raw, "raw"
 
 
-def decode(data: bytes, coding: str, dtype: str, shape: tuple[int, ...]) -> Array:
+def decode(data: bytes | memoryview, coding: str, dtype: str, shape: tuple[int, ...]) -> Array:
     """Undo `encode`.
 
     Raises:
@@ -103,7 +103,7 @@ def _counts(codes: Array) -> Array:
 
 def write_weights(path: Path, arrays: Mapping[str, Array]) -> None:
     """Write a weights file: the same arrays give the same bytes."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     blobs: dict[str, Array] = {}
     index: dict[str, Any] = {}
@@ -111,11 +111,15 @@ def write_weights(path: Path, arrays: Mapping[str, Array]) -> None:
         data, coding = encode(arrays[name])
         blobs[name] = np.frombuffer(data, dtype=np.uint8)
         index[name] = {"dtype": str(arrays[name].dtype), "shape": list(arrays[name].shape), "coding": coding}
-    save_file(blobs, path, metadata={"packlight": json.dumps(index, sort_keys=True)})
+    path.write_bytes(save(blobs, metadata={"packlight": json.dumps(index, sort_keys=True)}))
 
 
-def read_weights(path: Path) -> Iterator[tuple[str, Array]]:
+def read_weights(path: Path, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Array]]:
     """Decode a weights file, one array at a time so that memory holds the coded form of one only.
+
+    Args:
+        path: of the file.
+        wanted: names to decode; None for all. Names that the file lacks are passed over.
 
     Raises:
         BundleError: no weights file, or a damaged one.
@@ -128,19 +132,12 @@ def read_weights(path: Path) -> Iterator[tuple[str, Array]]:
             names = list(file.keys())
             if not isinstance(index, dict) or sorted(index) != sorted(names):
                 raise BundleError(f"{path} has no index of its arrays, or one that does not match them.")
-            for name in names:
+            for name in names if wanted is None else sorted(set(names) & set(wanted)):
                 entry = index[name]
                 data = file.get_tensor(name)
                 if data.dtype != np.uint8 or not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
                     raise BundleError(f"{path}: the array {name} is not stored as bytes.")
-                yield (
-                    name,
-                    decode(
-                        data.tobytes(),
-                        str(entry.get("coding")),
-                        str(entry.get("dtype")),
-                        tuple(entry.get("shape", ())),
-                    ),
-                )
+                coding, dtype, shape = entry.get("coding"), entry.get("dtype"), tuple(entry["shape"])
+                yield name, decode(data.data, str(coding), str(dtype), shape)
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise BundleError(f"{path} is no readable weights file ({error}).") from None

@@ -284,6 +284,9 @@ def _wave(
         if path not in found:
             continue
         edit, made, record = _layer(model, path, found[path], sums.get(path), tied)
+        if edit is None:  # it shares the buffers of its table
+            table = next(e for e in edits if e.path == tied[path])
+            edit = Edit(path, table.kind, {**table.args, "tied": table.path})
         edits.append(edit)
         tensors.update({f"{path}.{name}": tensor for name, tensor in made.items()})
         records.append(record)
@@ -296,7 +299,7 @@ def _wave(
 
 def _layer(
     model: Model, path: str, assignment: Assignment, gram: Tensor | None, tied: dict[str, str]
-) -> tuple[Edit, dict[str, Tensor], StepRecord]:
+) -> tuple[Edit | None, dict[str, Tensor], StepRecord]:
     weight = matrix(model.module.get_submodule(path)) if assignment.technique.name != "float16" else None
     if weight is None:
         layer = model.module.get_submodule(path)
@@ -304,26 +307,13 @@ def _layer(
     part = model.family.part_of(path)
     name = part.name if part else "other"
     if path in tied:
-        kind = "float" if assignment.technique.name == "float16" else _kind(assignment)
-        args = {**_args(assignment), "tied": tied[path]}
-        return Edit(path, kind, args), {}, StepRecord(path, name, assignment.technique.name, 0, 0.0, 0.0)
+        return None, {}, StepRecord(path, name, assignment.technique.name, 0, 0.0, 0.0)
     made: Compressed = assignment.technique.layer(weight, gram, assignment.config)
     loss = distortion(weight, made.approximation, gram)
     record = StepRecord(
         path, name, assignment.technique.name, weight.numel(), round(made.rate, 4), float(f"{loss:.4g}")
     )
     return Edit(path, made.kind, made.args), made.tensors, record
-
-
-def _kind(assignment: Assignment) -> str:
-    return "groups" if assignment.technique.name == "group_weights" else "codes"
-
-
-def _args(assignment: Assignment) -> dict[str, Any]:
-    config = assignment.config
-    if assignment.technique.name == "group_weights":
-        return {"bits": config.bits, "group": config.group}
-    return {"int8_activations": getattr(config, "activations", "") == "int8"}
 
 
 def _fill_(model: Model, edit: Edit, tensors: dict[str, Tensor]) -> None:

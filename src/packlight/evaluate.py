@@ -21,7 +21,7 @@ from packlight.metrics import (
     token_agreement,
     word_error_rate,
 )
-from packlight.planner import append_line, read_lines
+from packlight.plan import append_line, read_lines
 
 Progress = Callable[[str, int, int], None]
 Answer = Callable[[np.ndarray], list[int]]

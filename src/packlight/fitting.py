@@ -24,9 +24,10 @@ from packlight.families import Batch
 from packlight.loading import load
 from packlight.measure import machine, measure
 from packlight.model import Model
-from packlight.plan import Plan, write_json
-from packlight.planner import Level, append_line, front, measure_grams, profile, sensitivity
+from packlight.plan import Plan, append_line, write_json
+from packlight.planner import front
 from packlight.report import write_report
+from packlight.sensitivity import Level, activations, measure_grams, profile, sensitivity
 from packlight.serve import open_served
 from packlight.target import Target
 from packlight.verdict import conclude
@@ -162,7 +163,8 @@ def _plan(run: Run) -> tuple[list[Level], list[Plan]]:
     kept = run.work / "sensitivity.jsonl"
     sums = measure_grams(run.model, observed, run.progress)
     levels = sensitivity(run.model, sums, judged, kept, run.progress)
-    plans = front(run.model, levels, _calibration(run), run.options.seed)
+    rounding = activations(run.model, judged, run.work / "activations.jsonl", run.progress)
+    plans = front(run.model, levels, rounding, _calibration(run), run.options.seed)
     for plan in plans:
         check(plan, run.model, run.calibration.sha256)
     return levels, plans

@@ -6,7 +6,7 @@ from typing import Any
 from packlight.errors import ModelError
 from packlight.loading import architecture_of, describe, load, model_bytes, stored_dtype
 from packlight.model import find_source, licence_of
-from packlight.planner import profile
+from packlight.sensitivity import profile
 from packlight.tables import TECHNIQUES, family_of
 from packlight.target import format_bytes
 

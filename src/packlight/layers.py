@@ -58,7 +58,7 @@ def matrix_inputs(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def fake_int8(x: Tensor) -> Tensor:
-    """An activation after dynamic 8-bit quantization, per sample: what ONNX's DynamicQuantizeLinear and back gives."""
+    """An activation after dynamic 8-bit quantization with one range per sample: ONNX's DynamicQuantizeLinear and back."""
     dims = tuple(range(1, x.dim()))
     low, high = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
     scale = ((high - low) / 255).clamp(min=1e-30)
@@ -66,16 +66,25 @@ def fake_int8(x: Tensor) -> Tensor:
     return ((torch.round(x / scale) + zero).clamp(0, 255) - zero) * scale
 
 
+def fake_int8_rows(x: Tensor) -> Tensor:
+    """An activation after dynamic 8-bit quantization with one symmetric range per row, the last dimension."""
+    peak = x.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    return torch.round(x / peak * 127) * (peak / 127)
+
+
+ACTIVATIONS = {"float": lambda x: x, "int8": fake_int8, "int8_rows": fake_int8_rows}
+
+
 # The seam to the runtimes -------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("packlight::code_linear", mutates_args=())
-def _code_linear(x: Tensor, codes: Tensor, scale: Tensor, int8_activations: bool) -> Tensor:
-    return (fake_int8(x) if int8_activations else x) @ (codes.float() * scale)
+def _code_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str) -> Tensor:
+    return ACTIVATIONS[activations](x) @ (codes.float() * scale)
 
 
 @_code_linear.register_fake
-def _(x: Tensor, codes: Tensor, scale: Tensor, int8_activations: bool) -> Tensor:
+def _(x: Tensor, codes: Tensor, scale: Tensor, activations: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[1]))
 
 
@@ -117,37 +126,47 @@ def _(ids: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor, bits: int, grou
     return scale.new_empty((*ids.shape, width))
 
 
+@torch.library.custom_op("packlight::attention", mutates_args=())
+def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+@_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(query)
+
+
 # Layers -------------------------------------------------------------------------------------------------------------
 
 
 class CodeLinear(nn.Module):
     """y = x Wᵀ + b with W = scale * codes. Codes int8 [in, out], scale float32 [out].
 
-    With `int8_activations` the input is quantized on the fly to 8 bits per sample, as integer kernels do.
+    The input is quantized on the fly as `activations` says, a key of `ACTIVATIONS`: integer kernels need that.
     """
 
-    def __init__(self, columns: int, rows: int, bias: bool, int8_activations: bool) -> None:
+    def __init__(self, columns: int, rows: int, bias: bool, activations: str) -> None:
         super().__init__()
         self.register_buffer("codes", torch.zeros(columns, rows, dtype=torch.int8))
         self.register_buffer("scale", torch.ones(rows))
         self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
-        self.int8_activations = int8_activations
+        self.activations = activations
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         if torch.compiler.is_exporting():
-            y = torch.ops.packlight.code_linear(x, self.codes, self.scale, self.int8_activations)
+            y = torch.ops.packlight.code_linear(x, self.codes, self.scale, self.activations)
         else:
-            y = (fake_int8(x) if self.int8_activations else x) @ (self.codes.float() * self.scale)
+            y = ACTIVATIONS[self.activations](x) @ (self.codes.float() * self.scale)
         return y if self.bias is None else y + self.bias
 
 
 class CodeConv1d(CodeLinear):
     """A one-dimensional convolution as its windows times a matrix of codes [kernel * in, out]."""
 
-    def __init__(self, like: nn.Conv1d, int8_activations: bool) -> None:
+    def __init__(self, like: nn.Conv1d, activations: str) -> None:
         rows, columns = matrix(like).shape
-        super().__init__(columns, rows, like.bias is not None, int8_activations)
+        super().__init__(columns, rows, like.bias is not None, activations)
         # Named as in nn.Conv1d: models read them, Whisper to check the length of its input.
         self.kernel_size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
 
@@ -268,7 +287,7 @@ class Edit:
     Args:
         path: of the layer that is replaced.
         kind: 'codes' or 'groups'.
-        args: 'int8_activations' for codes; 'bits' and 'group' for groups; 'tied' names the path of a layer that was
+        args: 'activations' for codes; 'bits' and 'group' for groups; 'tied' names the path of a layer that was
             replaced before and whose buffers are shared.
     """
 
@@ -280,11 +299,11 @@ class Edit:
 def build(layer: nn.Module, edit: Edit) -> nn.Module:
     """The empty layer that an edit puts in the place of `layer`. Raises PlanError for a pair that does not exist."""
     if edit.kind == "codes":
-        int8 = bool(edit.args.get("int8_activations", True))
+        activations = str(edit.args.get("activations", "int8"))
         if isinstance(layer, nn.Conv1d):
-            return CodeConv1d(layer, int8)
+            return CodeConv1d(layer, activations)
         if isinstance(layer, nn.Linear):
-            return CodeLinear(layer.in_features, layer.out_features, layer.bias is not None, int8)
+            return CodeLinear(layer.in_features, layer.out_features, layer.bias is not None, activations)
         if isinstance(layer, nn.Embedding):
             return CodeEmbedding(layer.num_embeddings, layer.embedding_dim)
     if edit.kind == "groups":

@@ -134,3 +134,25 @@ def write_json(path: Path, values: Any) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file; a last line that a kill cut short is dropped."""
+    if not path.is_file():
+        return []
+    values = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return values
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Append one value to a JSON-lines file, mending a line that a kill cut short."""
+    whole = read_lines(path)
+    text = "".join(json.dumps(v) + "\n" for v in [*whole, value])
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

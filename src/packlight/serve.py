@@ -62,7 +62,7 @@ def open_served(path: Path, threads: int = 0, *, check: bool = True) -> Served:
     settings = Settings.from_dict(manifest["serving"])
     decode = _decoder(path / TOKENIZER)
     files = {name: path / file for name, file in manifest["graphs"].items()}
-    parts = open_graphs(files, read_weights(path / WEIGHTS), threads)
+    parts = open_graphs(files, lambda names: read_weights(path / WEIGHTS, names), threads)
 
     def answer(audio: np.ndarray, language: str | None = None, task: str | None = None) -> Transcript:
         return transcribe({n: p.run for n, p in parts.items()}, decode, settings, audio, language, task)

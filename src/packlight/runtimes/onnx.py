@@ -1,5 +1,7 @@
 """Opening a bundle's graphs in ONNX Runtime. No torch: this runs on the device."""
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +30,15 @@ class Opened:
     outputs: tuple[str, ...]
 
 
-def open_graphs(files: Mapping[str, Path], weights: Iterable[tuple[str, Array]], threads: int) -> dict[str, Opened]:
-    """Load graphs that share weights.
+Weights = Callable[[list[str]], Iterable[tuple[str, Array]]]
+
+
+def open_graphs(files: Mapping[str, Path], weights: Weights, threads: int) -> dict[str, Opened]:
+    """Load graphs that share weights, one after the other: no weight is in memory before its first graph is loaded.
 
     Args:
         files: name -> ONNX file without its weights.
-        weights: (name, array), decoded one by one; each goes to every graph that names it.
+        weights: names -> (name, array) of those it has, decoded one by one.
         threads: 0 for all cores.
 
     Raises:
@@ -46,27 +51,57 @@ def open_graphs(files: Mapping[str, Path], weights: Iterable[tuple[str, Array]],
         raise RuntimeMissing("This needs ONNX Runtime: pip install onnxruntime") from None
 
     ort.set_default_logger_severity(3)
-    values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in weights}
+    graphs = {name: file.read_bytes() for name, file in files.items()}
+    needs = {name: external_names(graph) for name, graph in graphs.items()}
+    values: dict[str, Any] = {}
     opened = {}
-    for name, file in files.items():
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
-        graph = file.read_bytes()
-        wanted = external_names(graph)
+    for number, (name, graph) in enumerate(graphs.items()):
+        wanted = [w for w in needs[name] if w not in values]
+        values.update((w, ort.OrtValue.ortvalue_from_numpy(array)) for w, array in weights(wanted))
         missing = [w for w in wanted if w not in values]
         if missing:
-            raise BundleError(f"{file} expects {len(missing)} weights that the bundle lacks, first {missing[0]}.")
-        options.add_external_initializers(wanted, [values[w] for w in wanted])
+            raise BundleError(
+                f"{files[name]} expects {len(missing)} weights that the bundle lacks, first {missing[0]}."
+            )
+        options = _options(threads)
+        options.add_external_initializers(needs[name], [values[w] for w in needs[name]])
         try:
             session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # noqa: BLE001 - the runtime raises plain exceptions of its own module
+        except _failures() as error:
             raise BundleError(
-                f"ONNX Runtime {ort.__version__} can't load {file}: {str(error).splitlines()[0]}"
+                f"ONNX Runtime {ort.__version__} can't load {files[name]}: {str(error).splitlines()[0]}"
             ) from None
         opened[name] = _opened(session)
+        later = {w for other in list(needs)[number + 1 :] for w in needs[other]}
+        values = {w: value for w, value in values.items() if w in later}
+        del options
+        _give_back()
     return opened
+
+
+def _options(threads: int) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    # Planned memory is one block per run, as large as the sum of what lives together; freed pieces are used again.
+    options.enable_mem_pattern = False
+    return options
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for a graph that it can't load: exceptions of its own module, all plain subclasses."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return tuple(e for e in vars(state).values() if isinstance(e, type) and issubclass(e, Exception))
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: the packed copies that the kernels use have replaced what was decoded."""
+    with contextlib.suppress(OSError, AttributeError):  # only the GNU C library has it, and only it needs it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _opened(session: Any) -> Opened:

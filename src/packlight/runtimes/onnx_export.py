@@ -4,9 +4,11 @@ Exporters fold the dequantization of constants into floats. Compressed layers th
 they are exported (`packlight.layers`), and this file says what each becomes:
 
 - codes with 8-bit activations: DynamicQuantizeLinear and MatMulInteger, the integer kernels that are fast on every CPU;
+  with a range per row: the rows divided by their peaks, a fixed QuantizeLinear, MatMulInteger;
 - codes with float activations: a cast, a product with the scale, a float MatMul;
 - groups: MatMulNBits with integer arithmetic inside (accuracy_level 4; level 0 is 20 to 50 times slower at 8 bits);
-- tables: a Gather of codes.
+- tables: a Gather of codes;
+- attention without a mask: MultiHeadAttention, which never holds all scores at once.
 """
 
 import contextlib
@@ -21,36 +23,58 @@ import onnx_ir as ir
 import torch
 from onnx.defs import OpSchema
 from onnxscript import opset18 as op
+from onnxscript.optimizer import optimize
 from onnxscript.values import Op, Opset
 
+import packlight.layers  # noqa: F401 - it registers the operators that are translated here
 from packlight.families import Graph
 
 OPSET = 18
 _EXTERNAL = 256  # bytes: smaller constants stay in the graph
-_MATMUL_NBITS = Op(
-    Opset("com.microsoft", 1),
-    "MatMulNBits",
-    OpSchema(
-        "MatMulNBits",
+
+
+def _contrib(name: str, inputs: dict[str, str], attributes: dict[str, Any]) -> Op:
+    """An operator of ONNX Runtime's own domain: inputs by name with their kind, T float or B bytes; one float output."""
+    schema = OpSchema(
+        name,
         "com.microsoft",
         1,
-        inputs=[OpSchema.FormalParameter(name, kind) for name, kind in zip("ABsz", ("T", "B", "T", "B"), strict=True)],
+        inputs=[OpSchema.FormalParameter(i, kind) for i, kind in inputs.items()],
         outputs=[OpSchema.FormalParameter("Y", "T")],
-        type_constraints=[("T", ["tensor(float)"], ""), ("B", ["tensor(uint8)"], "")],
-        attributes=[
-            OpSchema.Attribute(name, OpSchema.AttrType.INT, "")
-            for name in ("K", "N", "bits", "block_size", "accuracy_level")
+        type_constraints=[
+            (k, [f"tensor({t})"], "") for k, t in (("T", "float"), ("B", "uint8")) if k in inputs.values()
         ],
-    ),
+        attributes=[OpSchema.Attribute(a, kind, "") for a, kind in attributes.items()],
+    )
+    return Op(Opset("com.microsoft", 1), name, schema)
+
+
+_NUMBER = OpSchema.AttrType.INT
+_MATMUL_NBITS = _contrib(
+    "MatMulNBits",
+    {"A": "T", "B": "B", "scales": "T", "zero_points": "B"},
+    dict.fromkeys(("K", "N", "bits", "block_size", "accuracy_level"), _NUMBER),
+)
+_ATTENTION = _contrib(
+    "MultiHeadAttention",
+    {"query": "T", "key": "T", "value": "T"},
+    {"num_heads": _NUMBER, "scale": OpSchema.AttrType.FLOAT},
 )
 _INT8, _FLOAT, _INT64 = ir.DataType.INT8.value, ir.DataType.FLOAT.value, ir.DataType.INT64.value
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def _code_linear(x: Any, codes: Any, scale: Any, int8_activations: bool) -> Any:
-    if not int8_activations:
+def _code_linear(x: Any, codes: Any, scale: Any, activations: str) -> Any:
+    if activations == "float":
         return op.MatMul(x, op.Mul(op.Cast(codes, to=_FLOAT), scale))
+    if activations == "int8_rows":
+        peak = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]))
+        peak = op.Max(peak, op.Constant(value_float=1e-12))
+        half = op.Constant(value=ir.tensor(np.array(128, dtype=np.uint8)))
+        rounded = op.QuantizeLinear(op.Div(x, peak), op.Constant(value_float=1 / 127), half)
+        product = op.Cast(op.MatMulInteger(rounded, codes, half), to=_FLOAT)
+        return op.Mul(op.Mul(product, op.Mul(scale, op.Constant(value_float=1 / 127))), peak)
     quantized, step, zero = op.DynamicQuantizeLinear(x)
     product = op.Cast(op.MatMulInteger(quantized, codes, zero), to=_FLOAT)
     return op.Mul(product, op.Mul(step, scale))
@@ -97,7 +121,22 @@ def _unpack(packed: Any, bits: int, shape: Any) -> Any:
     return op.Reshape(op.Cast(packed, to=_FLOAT), shape)
 
 
+def _attention(query: Any, key: Any, value: Any, scale: float) -> Any:
+    heads, length, size = (query.shape[i] for i in (1, 2, 3))
+
+    def rows(x: Any) -> Any:  # [batch, heads, time, size] to [batch, time, heads * size]
+        return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, -1, int(heads) * int(size)]))
+
+    # One query reads its keys as the cache holds them; many take the kernel that goes block by block, which wants rows.
+    many = isinstance(length, int) and length > 1
+    made = _ATTENTION(
+        rows(query), rows(key) if many else key, rows(value) if many else value, num_heads=int(heads), scale=scale
+    )
+    return op.Transpose(op.Reshape(made, op.Constant(value_ints=[0, -1, int(heads), int(size)])), perm=[0, 2, 1, 3])
+
+
 _TRANSLATIONS = {
+    torch.ops.packlight.attention.default: _attention,
     torch.ops.packlight.code_linear.default: _code_linear,
     torch.ops.packlight.code_embedding.default: _code_embedding,
     torch.ops.packlight.group_linear.default: _group_linear,
@@ -120,7 +159,7 @@ def export(graph: Graph, root: torch.nn.Module) -> tuple[bytes, dict[str, Array]
     shapes: Any = tuple(dynamic)
     if len(graph.args) > 1:  # the modules take their first tensor by name and the rest as *args
         shapes = (dynamic[0], tuple(dynamic[1:]))
-    with _quiet(), torch.no_grad():
+    with _quiet(), _fused_attention(root), torch.no_grad():
         program = torch.onnx.export(
             graph.module,
             graph.args,
@@ -132,9 +171,12 @@ def export(graph: Graph, root: torch.nn.Module) -> tuple[bytes, dict[str, Array]
             custom_translation_table=_TRANSLATIONS,
             external_data=False,
             verbose=False,
+            optimize=False,
         )
-    assert program is not None
-    model = program.model
+        assert program is not None
+        model = program.model
+        # Constants are folded only while small: the default limits would turn small codes into floats.
+        optimize(model, input_size_limit=_EXTERNAL, output_size_limit=4 * _EXTERNAL)
     _name_dimensions(model, graph)
     weights = _take_weights(model, graph, root)
     _forget_traces(model)
@@ -194,6 +236,33 @@ def _forget_traces(model: ir.Model) -> None:
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.doc_string = model.graph.doc_string = None
+
+
+@contextlib.contextmanager
+def _fused_attention(root: torch.nn.Module) -> Iterator[None]:
+    """Let the attention of a transformers model call our operator where it has no mask."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(
+        module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, scaling: float, **rest: Any
+    ) -> tuple[Any, None]:
+        if mask is not None or getattr(module, "is_causal", False):
+            return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **rest)
+        return torch.ops.packlight.attention(query, key, value, scaling).transpose(1, 2), None
+
+    AttentionInterface.register("packlight", attend)
+    AttentionMaskInterface.register("packlight", sdpa_mask)
+    config = getattr(root, "config", None)
+    before = getattr(config, "_attn_implementation", None)
+    if before is not None:
+        config._attn_implementation = "packlight"
+    try:
+        yield
+    finally:
+        if before is not None:
+            config._attn_implementation = before
 
 
 @contextlib.contextmanager

@@ -28,19 +28,21 @@ class CodesConfig:
 
     Args:
         rate: bits per weight after entropy coding, 1 to 8; None for the finest grid of 7-bit codes.
-        activations: 'int8' quantizes the layer's input on the fly, which integer kernels need; 'float' does not.
+        activations: 'int8' quantizes the layer's input on the fly, with one range per sample, which integer kernels
+            need; 'int8_rows' takes a range per row, a little slower and exact where a few rows are huge; 'float' does
+            not quantize.
         damp: share of the mean diagonal added to the Gram matrix (error feedback only).
     """
 
     rate: float | None = None
-    activations: Literal["int8", "float"] = "int8"
+    activations: Literal["int8", "int8_rows", "float"] = "int8"
     damp: float = 0.01
 
     def __post_init__(self) -> None:
         if self.rate is not None and not 1 <= self.rate <= 8:
             raise PlanError(f"rate is {self.rate}; it must lie from 1 to 8 bits per weight, or be null for the finest.")
-        if self.activations not in ("int8", "float"):
-            raise PlanError(f"activations is {self.activations!r}; it must be 'int8' or 'float'.")
+        if self.activations not in ("int8", "int8_rows", "float"):
+            raise PlanError(f"activations is {self.activations!r}; it must be 'int8', 'int8_rows' or 'float'.")
         if not 0 < self.damp <= 1:
             raise PlanError(f"damp is {self.damp}; it must lie above 0 and up to 1.")
 
@@ -65,7 +67,7 @@ def feedback(weight: Tensor, gram: Tensor | None, config: CodesConfig) -> Compre
 def _compressed(grid: Grid, codes: Tensor, config: CodesConfig) -> Compressed:
     return Compressed(
         kind="codes",
-        args={"int8_activations": config.activations == "int8"},
+        args={"activations": config.activations},
         tensors={"codes": codes.T.to(torch.int8).contiguous(), "scale": grid.scale[:, 0].contiguous()},
         approximation=grid.values(codes),
         rate=rate_of(codes),

@@ -1,0 +1,199 @@
+"""Measure: the parts of a model, and how much each is hurt by fewer bits.
+
+Sensitivity is the Kullback-Leibler divergence of the compressed model's next-token distribution from the original's,
+per token, with one part compressed at a time, on calibration samples that gave no Gram matrix.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packlight.families import Batch
+from packlight.layers import ACTIVATIONS, matrix
+from packlight.model import Model
+from packlight.observe import grams
+from packlight.plan import append_line, read_lines
+from packlight.tables import TECHNIQUES
+
+Progress = Callable[[str, int, int], None]
+
+MEASURED: tuple[float | None, ...] = (None, 4.0, 3.0, 2.25)  # bits per weight; None is the finest grid
+
+
+@dataclass(frozen=True)
+class Level:
+    """What one part costs at one rate: measured, or interpolated between measured rates."""
+
+    part: str
+    rate: float | None
+    bytes: int
+    kl: float
+    flips: float
+    measured: bool = True
+    technique: str = "error_feedback"
+
+
+def profile(model: Model) -> list[dict[str, Any]]:
+    """Parameters, float32 bytes and share of multiply-adds of each part of a model, not yet edited."""
+    rows: dict[str, dict[str, Any]] = {}
+    heads = {head for _, head in model.family.tied}
+    for path, layer in model.layers().items():
+        part = model.family.part_of(path)
+        name = part.name if part else "other"
+        row = rows.setdefault(name, {"name": name, "parameters": 0, "before": 0, "multiply_adds": 0})
+        row["multiply_adds"] += model.family.multiply_adds(model.module, path)
+        if path not in heads:
+            count = layer.weight.numel()
+            row["parameters"] += count
+            row["before"] += 4 * count
+    total = sum(r["multiply_adds"] for r in rows.values()) or 1
+    return [{**r, "share_of_multiply_adds": r["multiply_adds"] / total} for r in rows.values()]
+
+
+def measure_grams(model: Model, batches: Sequence[Batch], progress: Progress | None = None) -> dict[str, Tensor]:
+    """Gram matrices of every linear layer and convolution of the original, in one pass over the batches."""
+    kinds = (nn.Linear, nn.Conv1d)
+    layers = {p: layer for p, layer in model.layers().items() if isinstance(layer, kinds)}
+    with torch.no_grad(), grams(layers) as sums:
+        for i, batch in enumerate(batches):
+            model.family.run(model.module, batch)
+            if progress:
+                progress("observing activations", i + 1, len(batches))
+    return sums
+
+
+def sensitivity(
+    model: Model,
+    sums: dict[str, Tensor],
+    batches: Sequence[Batch],
+    kept: Path,
+    progress: Progress | None = None,
+) -> list[Level]:
+    """Measure each part at each rate of `MEASURED`.
+
+    Args:
+        model: the original; unchanged afterwards.
+        sums: from `measure_grams`.
+        batches: other samples than those of the Gram matrices.
+        kept: JSON-lines file of what earlier runs measured; appended to.
+        progress: called with (what, done, total).
+    """
+    done = {(v["part"], v["rate"]): Level(**v) for v in read_lines(kept)}
+    family, module = model.family, model.module
+    with torch.no_grad():
+        batches = [family.encode(module, b) for b in batches]
+        reference = [torch.log_softmax(family.run(module, b), -1) for b in batches]
+    first = family.towers[0].name
+    parts = [p for p in family.parts if any(p is family.part_of(path) for path in model.layers())]
+    levels = []
+    for i, part in enumerate(parts):
+        rates = (*MEASURED, 8.0) if _is_table(model, part.name) else MEASURED
+        for j, rate in enumerate(rates):
+            if (part.name, rate) not in done:
+                inputs = (
+                    [{k: v for k, v in b.items() if k != "states"} for b in batches] if part.tower == first else batches
+                )
+                level = _measure_part(model, part.name, rate, sums, list(zip(inputs, reference, strict=True)))
+                append_line(kept, asdict(level))
+                done[(part.name, rate)] = level
+            levels.append(done[(part.name, rate)])
+            if progress:
+                progress("measuring sensitivity", i * len(MEASURED) + j + 1, len(parts) * len(MEASURED))
+    return levels
+
+
+def activations(
+    model: Model, batches: Sequence[Batch], kept: Path, progress: Progress | None = None
+) -> dict[str, dict[str, float]]:
+    """Measure what 8-bit activations alone cost, for each part of the first tower, whose inputs have many rows.
+
+    The other towers answer token by token: one row at a time, one range per sample and per row are the same.
+
+    Returns:
+        part -> {'int8': KL per token with one range per sample, 'int8_rows': with one per row}.
+    """
+    done = {v["part"]: v for v in read_lines(kept)}
+    family, module = model.family, model.module
+    parts = [p for p in family.parts if p.tower == family.towers[0].name]
+    parts = [p for p in parts if any(p.has(path) for path, x in model.layers().items() if not _is_lookup(x))]
+    reference: list[Tensor] = []
+    for i, part in enumerate(parts):
+        if part.name not in done:
+            with torch.no_grad():
+                reference = reference or [torch.log_softmax(family.run(module, b), -1) for b in batches]
+                pairs = list(zip(batches, reference, strict=True))
+                found = {mode: _activation_kl(model, part.has, mode, pairs) for mode in ("int8", "int8_rows")}
+            done[part.name] = {"part": part.name, **found}
+            append_line(kept, done[part.name])
+        if progress:
+            progress("measuring 8-bit activations", i + 1, len(parts))
+    return {p.name: {k: v for k, v in done[p.name].items() if k != "part"} for p in parts}
+
+
+def _is_lookup(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Embedding)
+
+
+def _activation_kl(model: Model, takes: Callable[[str], bool], mode: str, pairs: list[tuple[Batch, Tensor]]) -> float:
+    rounded = ACTIVATIONS[mode]
+    layers = [layer for path, layer in model.layers().items() if takes(path) and not _is_lookup(layer)]
+    handles = [layer.register_forward_pre_hook(lambda _, args: (rounded(args[0]), *args[1:])) for layer in layers]
+    try:
+        return _divergence(model, pairs)[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _divergence(model: Model, pairs: list[tuple[Batch, Tensor]]) -> tuple[float, float]:
+    """(KL per token to the original's log-probabilities, share of top tokens that changed)."""
+    kl, flips, count = 0.0, 0.0, 0
+    for batch, reference in pairs:
+        now = torch.log_softmax(model.family.run(model.module, batch), -1)
+        kl += float((reference.exp() * (reference - now)).sum())
+        flips += float((now.argmax(-1) != reference.argmax(-1)).sum())
+        count += len(now)
+    return max(kl / count, 1e-9), flips / count
+
+
+def _measure_part(
+    model: Model, part: str, rate: float | None, sums: dict[str, Tensor], pairs: list[tuple[Batch, Tensor]]
+) -> Level:
+    """Compress one part's weights, compare with the original, put the weights back."""
+    name = "group_weights" if rate == 8.0 else "error_feedback"
+    technique = TECHNIQUES[name]
+    config = technique.config(bits=8) if name == "group_weights" else technique.config(rate=rate)
+    heads = {head: table for table, head in model.family.tied}
+    gram_of = {table: sums.get(head) for head, table in heads.items()}
+    paths = [p for p in model.layers() if (q := model.family.part_of(p)) and q.name == part and p not in heads]
+    saved: dict[str, Tensor] = {}
+    size = 0
+    with torch.no_grad():
+        for path in paths:
+            layer = model.module.get_submodule(path)
+            weight = layer.weight
+            saved[path] = weight.detach().clone()
+            made = technique.layer(matrix(layer), gram_of.get(path, sums.get(path)), config)
+            size += int(1.01 * made.rate * weight.numel() / 8) + 2 * len(made.approximation)
+            weight.copy_(_like(made.approximation, layer))
+        kl, flips = _divergence(model, pairs)
+        for path, weight in saved.items():
+            model.module.get_submodule(path).weight.copy_(weight)
+    return Level(part, rate, size, kl, flips, technique=name)
+
+
+def _is_table(model: Model, part: str) -> bool:
+    """Whether a part is a table tied to a head: it runs one token at a time, where 8-bit groups are fast too."""
+    return any((p := model.family.part_of(table)) is not None and p.name == part for table, _ in model.family.tied)
+
+
+def _like(weight: Tensor, layer: nn.Module) -> Tensor:
+    """A matrix back in the shape of the layer's weight."""
+    if isinstance(layer, nn.Conv1d):
+        out, channels, taps = layer.weight.shape
+        return weight.view(out, taps, channels).permute(0, 2, 1)
+    return weight

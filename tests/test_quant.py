@@ -8,12 +8,15 @@ from packlight.codec import entropy
 from packlight.quant import (
     LIMIT,
     Grid,
+    bound,
     channel_grid,
+    column_grid,
     distortion,
     error_feedback,
     find_step,
     group_grid,
     rate_of,
+    rescaled,
 )
 
 
@@ -209,3 +212,63 @@ def test_rate_of_counts_signed_and_unsigned_codes_alike() -> None:
     signed = torch.tensor([-63, 63, 0, 1], dtype=torch.int16)
     assert rate_of(signed) == pytest.approx(2)
     assert rate_of(torch.tensor([255, 255, 0, 0], dtype=torch.int16)) == pytest.approx(1)
+
+
+def spread(columns: int = 64) -> Tensor:
+    """A Gram matrix of independent inputs whose energies span five decades: what a step per column is for."""
+    return torch.diag(torch.logspace(0, -5, columns, dtype=torch.float64)) * 1000
+
+
+def test_a_step_per_column_loses_less_at_the_same_rate() -> None:
+    weight, gram = gaussian(400), spread()
+    losses, rates = [], []
+    for grid in (channel_grid(weight, 3.0), column_grid(weight, gram, 3.0, 1e-6)):
+        codes = error_feedback(weight, gram, grid, 1e-6)
+        losses.append(relative(weight, rescaled(grid, weight, codes, gram), codes, gram))
+        rates.append(rate_of(codes))
+    assert rates == pytest.approx([3.0, 3.0], abs=0.15)
+    assert losses[1] < 0.25 * losses[0]
+
+
+def test_steps_follow_the_energy_that_others_cannot_make_up_for() -> None:
+    columns = column_grid(gaussian(400), spread(), 3.0, 1e-6).columns
+    assert columns is not None
+    assert float(columns[40] / columns[20]) == pytest.approx(10 ** (5 * 20 / 63 / 2), rel=0.01)  # energy^-1/2
+
+
+def test_rows_that_are_used_more_get_finer_steps_and_smaller_errors() -> None:
+    weight, gram = gaussian(300), correlated()
+    rows = torch.where(torch.arange(300) < 150, 1.0, 4.0)
+    grid = column_grid(weight, gram, 3.0, rows=rows)
+    error = (grid.values(error_feedback(weight, gram, grid)) - weight).square().mean(1)
+    assert float(error[:150].mean()) < 0.2 * float(error[150:].mean())
+
+
+def test_no_code_passes_the_limit_whatever_the_rows() -> None:
+    weight = gaussian(100)
+    weight[3, 5] = 80.0
+    grid = column_grid(weight, correlated(), 3.0, rows=torch.logspace(-3, 0, 100))
+    assert int(grid.codes(weight).abs().max()) == LIMIT
+    assert float(grid.values(grid.codes(weight))[3, 5]) == pytest.approx(80, rel=0.01)
+
+
+def test_rescaling_is_least_squares() -> None:
+    weight, gram = gaussian(40), correlated()
+    grid = column_grid(weight, gram, 2.0)
+    codes = error_feedback(weight, gram, grid)
+    better = rescaled(grid, weight, codes, gram)
+    before, after = relative(weight, grid, codes, gram), relative(weight, better, codes, gram)
+    assert after < before
+    for factor in (0.98, 1.02):  # no scale of a row can be moved for the better, but for its float16
+        moved = Grid(better.scale * factor, better.zero, better.low, better.high, better.group, better.columns)
+        assert relative(weight, moved, codes, gram) > after
+
+
+def test_the_bound_is_that_of_white_gaussians_and_below_every_code() -> None:
+    gram = torch.eye(64, dtype=torch.float64) * 500
+    assert bound(gaussian(3000), gram, 2.0**-6) == pytest.approx(3.0, abs=0.01)  # D = 2^-2R
+    weight, gram = gaussian(600), correlated()
+    grid = column_grid(weight, gram, 3.0, 1e-4)
+    codes = error_feedback(weight, gram, grid, 1e-4)
+    gap = rate_of(codes) - bound(weight, gram, relative(weight, grid, codes, gram))
+    assert 0.1 < gap < 0.4  # a scalar code with entropy coding: 0.255 bit at high rate

@@ -11,8 +11,9 @@ SRC = Path(__file__).resolve().parent.parent / "src" / "packlight"
 FILES = sorted(SRC.rglob("*.py"))
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("rans",),
     ("plan", "target", "report", "report_*", "bundle", "codec", "audio", "metrics"),
-    ("quant", "families", "families.*"),
+    ("quant", "vocabulary", "vocabulary_*", "families", "families.*"),
     ("layers",),
     ("observe", "model", "data"),
     ("techniques", "techniques.*", "runtimes", "runtimes.*", "serving", "serving.*"),

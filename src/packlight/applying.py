@@ -37,6 +37,8 @@ class Options:
         seed: of everything random.
         trust_remote_code: see `load`.
         command: the command line, for the report.
+        texts: file or folder of texts that the model is to write well, for pruning the vocabulary.
+        prune_vocabulary: whether plans may; a model of several languages needs `language` for it.
     """
 
     calibration: Path | None = None
@@ -46,6 +48,8 @@ class Options:
     seed: int = 0
     trust_remote_code: bool = False
     command: str = ""
+    texts: Path | None = None
+    prune_vocabulary: bool = True
 
 
 def threads_of(options: Options, device: str = "local") -> int:

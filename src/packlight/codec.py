@@ -1,9 +1,10 @@
 """Arrays to bytes and back, without loss and as small as their entropy allows. No torch: this runs on the device.
 
-Integer codes have a skewed histogram, so a Huffman code stores them in far fewer bits than their width: 7-bit codes
-of a Whisper layer take about 5.6 bits. zlib's Huffman-only mode is in every Python and every browser, decodes at
-some 280 MB/s a core, and stays within 1 to 4 % of the entropy; the match finder of a general compressor only hurts
-on such data. Floats are stored as float16 where that is exact.
+Matrices of integer codes have a spread that differs by row and by column, and little structure beside. Each row and
+column has a level, a quarter of an octave of its root mean square; the sum of both says which of some fifty tables of
+probabilities a code is coded with, by asymmetric numeral systems (`packlight.rans`). Other bytes get a Huffman code
+where it pays, by zlib's Huffman-only mode, and floats are stored as float16 where that is exact. docs/measure.md has
+what other coders need.
 
 A weights file is a safetensors file: each array is one U8 tensor that holds its coded bytes, and the file's metadata
 says dtype, shape and coding of each. docs/reference/bundle.md has the format.
@@ -17,11 +18,18 @@ from typing import Any
 
 import numpy as np
 
+from packlight import rans
 from packlight.errors import BundleError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _DTYPES = ("int8", "uint8", "int32", "int64", "float16", "float32", "bool")
+_TABLES, _OFFSET, _FLOOR = 56, 16, 0.01  # of probabilities; the table of level 0; keeps rows of zeros finite
+_WIDEST = 1 << 14  # different codes that are told apart when a rate is estimated
+_LEVEL_BITS = 2.5  # that a level takes in the file, about
+_SMALL = 4096  # smaller matrices are not worth their levels
+_CHUNK = 1 << 26  # codes decoded at once
+_PREFIX = "ans/"  # of the names of chunks
 _MAX_BYTES = 16 * 2**30  # a header that asks for more than this is damaged or hostile
 
 
@@ -68,13 +76,7 @@ def decode(data: bytes | memoryview, coding: str, dtype: str, shape: tuple[int, 
     if size > _MAX_BYTES:
         raise BundleError(f"The weights file names an array of {size} bytes; that can't be right.")
     if coding == "huffman":
-        coder = zlib.decompressobj(-15)
-        try:
-            data = coder.decompress(data, size + 1)
-            if not coder.eof or coder.unused_data:
-                raise BundleError("Coded weights end too early or too late; the file is damaged.")
-        except zlib.error as error:
-            raise BundleError(f"Coded weights are damaged ({error}).") from None
+        data = _inflate(data, size, -15)
     elif coding not in ("raw", "float16"):
         raise BundleError(f"The weights file uses the coding {coding!r}; this packlight knows raw, huffman, float16.")
     if len(data) != size:
@@ -101,21 +103,125 @@ def _counts(codes: Array) -> Array:
     return np.unique(codes, return_counts=True)[1]
 
 
-def write_weights(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Write a weights file: the same arrays give the same bytes."""
+def levels(codes: Array) -> tuple[Array, Array]:
+    """Levels of the rows and columns of a matrix of codes: int8 [rows] and [columns], whose sums name the tables."""
+    square = np.square(codes, dtype=np.float32)
+    rows, columns = square.mean(1) + _FLOOR, square.mean(0) + _FLOOR
+    first = np.rint(2 * np.log2(rows)).clip(-64, 63)
+    second = np.rint(2 * np.log2(columns / columns.mean())).clip(-64, 63)
+    return first.astype(np.int8), second.astype(np.int8)
+
+
+def tables_of(rows: Array, columns: Array) -> Array:
+    """The table of every code, uint8 [rows, columns]."""
+    index = rows[:, None].astype(np.int16) + columns[None].astype(np.int16) + _OFFSET
+    return index.clip(0, _TABLES - 1).astype(np.uint8)
+
+
+def coded_rate(codes: Array) -> float:
+    """Bits per code that a matrix of codes takes in a weights file of which it is a small part."""
+    if codes.ndim != 2 or not codes.size:
+        return entropy(codes)
+    low = int(codes.min())
+    width = min(int(codes.max()) - low + 1, _WIDEST)
+    symbols = (codes.reshape(-1).astype(np.int32) - low) % width
+    tables = tables_of(*levels(codes)).reshape(-1).astype(np.int32)
+    counts = np.bincount(tables * width + symbols, minlength=_TABLES * width)
+    counts = counts.reshape(_TABLES, -1).astype(np.float64)
+    used = counts > 0
+    total = np.broadcast_to(counts.sum(1, keepdims=True), counts.shape)
+    bits = float(-(counts[used] * np.log2(counts[used] / total[used])).sum())
+    return (bits + _LEVEL_BITS * sum(codes.shape)) / codes.size
+
+
+def write_weights(path: Path, arrays: Mapping[str, Array], groups: Mapping[str, str] | None = None) -> None:
+    """Write a weights file: the same arrays give the same bytes.
+
+    Args:
+        path: of the file.
+        arrays: by name.
+        groups: name -> label of what is decoded together; None for one group.
+    """
     from safetensors.numpy import save
 
-    blobs: dict[str, Array] = {}
+    blobs: dict[str, bytes] = {}
     index: dict[str, Any] = {}
+    chunks: dict[str, list[str]] = {}
     for name in sorted(arrays):
-        data, coding = encode(arrays[name])
-        blobs[name] = np.frombuffer(data, dtype=np.uint8)
-        index[name] = {"dtype": str(arrays[name].dtype), "shape": list(arrays[name].shape), "coding": coding}
-    path.write_bytes(save(blobs, metadata={"packlight": json.dumps(index, sort_keys=True)}))
+        array = arrays[name]
+        index[name] = {"dtype": str(array.dtype), "shape": list(array.shape)}
+        if array.dtype == np.int8 and array.ndim == 2 and array.size >= _SMALL:
+            chunk = _chunk(chunks, (groups or {}).get(name, "all"), arrays, array.size)
+            chunks[chunk].append(name)
+            first, second = levels(array)
+            blobs[name] = zlib.compress(first.tobytes() + second.tobytes(), 9)
+            index[name].update(coding="ans", chunk=chunk)
+        else:
+            blobs[name], index[name]["coding"] = encode(array)
+    for chunk, names in chunks.items():
+        blobs[chunk] = _encode_chunk([arrays[n] for n in names])
+        index[chunk] = {"dtype": "uint8", "shape": [len(blobs[chunk])], "coding": "chunk"}
+    stored = {name: np.frombuffer(data, np.uint8) for name, data in blobs.items()}
+    path.write_bytes(save(stored, metadata={"packlight": json.dumps(index, sort_keys=True)}))
+
+
+def _chunk(chunks: dict[str, list[str]], label: str, arrays: Mapping[str, Array], size: int) -> str:
+    """The name of a chunk of that group that has room, made when there is none."""
+    number = 0
+    while (name := f"{_PREFIX}{label}/{number}") in chunks:
+        if sum(arrays[n].size for n in chunks[name]) + size <= _CHUNK:
+            return name
+        number += 1
+    chunks[name] = []
+    return name
+
+
+def _encode_chunk(arrays: list[Array]) -> bytes:
+    tables = np.concatenate([tables_of(*levels(a)).reshape(-1) for a in arrays])
+    symbols = np.concatenate([a.reshape(-1) for a in arrays]).view(np.uint8)
+    counts = np.bincount(tables.astype(np.int32) * 256 + symbols, minlength=_TABLES * 256).reshape(_TABLES, 256)
+    freq = rans.frequencies(counts)
+    head = zlib.compress(freq.astype("<u2").tobytes(), 9)
+    return len(head).to_bytes(4, "little") + head + rans.encode(symbols, tables, freq)
+
+
+def _decode_chunk(data: memoryview, members: list[tuple[str, tuple[int, ...], memoryview]]) -> dict[str, Array]:
+    """The arrays of a chunk: (name, shape, coded levels) in the order in which they were written."""
+    found, at = {}, 0
+    tables = np.concatenate([_read_levels(shape, coded).reshape(-1) for _, shape, coded in members])
+    size = int.from_bytes(data[:4], "little")
+    freq = np.frombuffer(_inflate(data[4 : 4 + size], 512 * _TABLES, 15), "<u2").astype(np.int64).reshape(_TABLES, 256)
+    if (freq.sum(1) != 1 << rans.BITS).any():
+        raise BundleError("The tables of the coded weights are damaged.")
+    codes = rans.decode(data[4 + size :], tables, freq).view(np.int8)
+    for name, shape, _ in members:
+        count = shape[0] * shape[1]
+        found[name] = codes[at : at + count].reshape(shape)
+        at += count
+    return found
+
+
+def _read_levels(shape: tuple[int, ...], coded: memoryview) -> Array:
+    if len(shape) != 2 or min(shape) < 1 or shape[0] * shape[1] > _MAX_BYTES:
+        raise BundleError(f"The weights file names a coded matrix of shape {list(shape)}; that can't be right.")
+    both = np.frombuffer(_inflate(coded, sum(shape), 15), np.int8)
+    return tables_of(both[: shape[0]], both[shape[0] :])
+
+
+def _inflate(data: memoryview | bytes, size: int, window: int) -> bytes:
+    """Undo zlib, into exactly that many bytes. Raises BundleError."""
+    coder = zlib.decompressobj(window)
+    try:
+        raw = coder.decompress(data, size + 1)
+    except zlib.error as error:
+        raise BundleError(f"Coded weights are damaged ({error}).") from None
+    if len(raw) != size or not coder.eof or coder.unused_data:
+        raise BundleError("Coded weights end too early or too late; the file is damaged.")
+    return raw
 
 
 def read_weights(path: Path, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Array]]:
-    """Decode a weights file, one array at a time so that memory holds the coded form of one only.
+    """Decode a weights file, a chunk or an array at a time.
 
     Args:
         path: of the file.
@@ -128,16 +234,31 @@ def read_weights(path: Path, wanted: Collection[str] | None = None) -> Iterator[
 
     try:
         with safe_open(path, "numpy") as file:
-            index = json.loads((file.metadata() or {}).get("packlight", "null"))
-            names = list(file.keys())
-            if not isinstance(index, dict) or sorted(index) != sorted(names):
-                raise BundleError(f"{path} has no index of its arrays, or one that does not match them.")
-            for name in names if wanted is None else sorted(set(names) & set(wanted)):
+            index = _index(path, file)
+            names = [n for n, e in sorted(index.items()) if e["coding"] != "chunk" and (wanted is None or n in wanted)]
+            for name in names:
                 entry = index[name]
-                data = file.get_tensor(name)
-                if data.dtype != np.uint8 or not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
-                    raise BundleError(f"{path}: the array {name} is not stored as bytes.")
-                coding, dtype, shape = entry.get("coding"), entry.get("dtype"), tuple(entry["shape"])
-                yield name, decode(data.data, str(coding), str(dtype), shape)
+                if entry["coding"] != "ans":
+                    data = file.get_tensor(name).data
+                    yield name, decode(data, entry["coding"], str(entry.get("dtype")), tuple(entry["shape"]))
+            for chunk in sorted({str(index[n].get("chunk")) for n in names if index[n]["coding"] == "ans"}):
+                if index.get(chunk, {}).get("coding") != "chunk":
+                    raise BundleError(f"{path}: the chunk {chunk} is missing.")
+                inside = [n for n, e in sorted(index.items()) if e["coding"] == "ans" and e.get("chunk") == chunk]
+                members = [(n, tuple(index[n]["shape"]), file.get_tensor(n).data) for n in inside]
+                found = _decode_chunk(file.get_tensor(chunk).data, members)
+                yield from ((n, found[n]) for n in inside if n in names)
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise BundleError(f"{path} is no readable weights file ({error}).") from None
+
+
+def _index(path: Path, file: Any) -> dict[str, dict[str, Any]]:
+    index = json.loads((file.metadata() or {}).get("packlight", "null"))
+    names = list(file.keys())
+    if not isinstance(index, dict) or sorted(index) != sorted(names):
+        raise BundleError(f"{path} has no index of its arrays, or one that does not match them.")
+    for name, entry in index.items():
+        well = isinstance(entry, dict) and isinstance(entry.get("shape"), list) and isinstance(entry.get("coding"), str)
+        if not well or not all(isinstance(n, int) for n in entry["shape"]) or file.get_slice(name).get_dtype() != "U8":
+            raise BundleError(f"{path}: the array {name} is not stored as bytes.")
+    return index

@@ -6,6 +6,7 @@ first block, each block, and last the layers after all towers (the head).
 """
 
 import contextlib
+import copy
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +22,14 @@ from packlight.errors import PlanError
 from packlight.families import Batch, Tower
 from packlight.layers import Edit, matrix
 from packlight.model import Model
-from packlight.observe import grams
+from packlight.observe import grams, token_use
 from packlight.plan import Plan, StepRecord, write_json
-from packlight.quant import distortion
+from packlight.quant import bound, distortion
 from packlight.tables import TECHNIQUES
 from packlight.techniques import Compressed, Technique
+from packlight.techniques.prune_vocabulary import PRUNE_VOCABULARY, prune_
+from packlight.techniques.tune_scales import TUNE_SCALES, tune_
+from packlight.vocabulary_rewrite import decode_ids, remap_ids
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -62,11 +66,14 @@ def check(plan: Plan, model: Model, calibration: str | None = None) -> dict[str,
     if plan.family != model.family.name:
         raise PlanError(f"The plan was made for the family {plan.family}; this model is of {model.family.name}.")
     steps = [(step, *_technique(step.technique, step.config, i)) for i, step in enumerate(plan.steps, 1)]
+    whole = [technique.name for _, technique, _ in steps if technique.layer is None]
+    if len(whole) != len(set(whole)):
+        raise PlanError(f"The plan has a technique of whole models twice ({', '.join(whole)}); once each.")
     layers = model.layers()
     found: dict[str, Assignment] = {}
     for path in layers:
         for step, technique, config in steps:
-            if step.takes(path):
+            if technique.layer is not None and step.takes(path):
                 found[path] = Assignment(technique, config)
                 break
     names = [*layers, *(name for name, _ in model.module.named_parameters())]
@@ -105,7 +112,10 @@ def _technique(name: str, config: dict[str, Any], number: int) -> tuple[Techniqu
 
 
 def _check_calibration(plan: Plan, found: dict[str, Assignment], calibration: str | None) -> None:
-    needing = sorted({a.technique.name for a in found.values() if a.needs_gram})
+    needing = sorted(
+        {a.technique.name for a in found.values() if a.needs_gram}
+        | {s.technique for s in plan.steps if s.technique == TUNE_SCALES.name}
+    )
     if needing and calibration is None:
         raise PlanError(f"The plan uses {', '.join(needing)}, which needs calibration samples. Name them with --data.")
     wanted = plan.calibration.get("sha256")
@@ -138,6 +148,9 @@ def compress_(
     """
     found = check(plan, model, plan.calibration.get("sha256") or ("given" if batches else None))
     work.mkdir(parents=True, exist_ok=True)
+    batches = _prune(model, plan, batches)
+    tuning = _config_of(plan, TUNE_SCALES)
+    teacher = copy.deepcopy(model.module) if tuning is not None else None
     total = sum(1 for _ in _wave_names(model))
     records: list[StepRecord] = []
     torch.manual_seed(plan.seed)
@@ -148,8 +161,31 @@ def compress_(
             records += _wave(model, layers, sums, found, tied, work / f"wave_{number:03d}")
             if progress:
                 progress("compressing", number + 1, total)
+        if tuning is not None and teacher is not None:
+            tune_(model, teacher, batches, tuning, work / "tuning", progress)
         _round_floats(model, plan)
     return records
+
+
+def _config_of(plan: Plan, technique: Technique) -> Any:
+    """The settings of the plan's step of a technique of whole models, or None."""
+    return next((technique.config(**s.config) for s in plan.steps if s.technique == technique.name), None)
+
+
+def _prune(model: Model, plan: Plan, batches: Sequence[Batch]) -> Sequence[Batch]:
+    """Take rows out of the vocabulary where the plan says so. Returns the batches with the ids that the rest has."""
+    config = _config_of(plan, PRUNE_VOCABULARY)
+    if config is None:
+        return batches
+    new = prune_(model, config).old_to_new
+    key = model.family.reads
+    return [{**b, key: torch.tensor([remap_ids(ids, new) for ids in b[key].tolist()])} for b in batches]
+
+
+def old_ids(plan: Plan) -> tuple[int, ...] | None:
+    """The ids that the original's vocabulary has for those of a pruned one, in their order; None when none is pruned."""
+    config = _config_of(plan, PRUNE_VOCABULARY)
+    return None if config is None else decode_ids(config.kept)[0]
 
 
 Measure = Callable[[], dict[str, Tensor]]
@@ -210,10 +246,10 @@ def _measure_block(
 
 
 def _measure_head(model: Model, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    with grams(_watched(model.module, [head for _, head in model.family.tied])) as sums:
-        for batch in batches:
-            model.family.run(model.module, batch)
-    return sums
+    family, module = model.family, model.module
+    with grams(_watched(module, [head for _, head in family.tied])) as sums:
+        use = token_use((family.run(module, b) for b in batches), [b[family.reads] for b in batches])
+    return {**sums, **{f"{table}.use": use for table, _ in family.tied}}
 
 
 def _watched(module: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
@@ -283,7 +319,7 @@ def _wave(
     for path in sorted(paths, key=lambda p: p in tied):  # a table before the head that shares it
         if path not in found:
             continue
-        edit, made, record = _layer(model, path, found[path], sums.get(path), tied)
+        edit, made, record = _layer(model, path, found[path], sums, tied)
         if edit is None:  # it shares the buffers of its table
             table = next(e for e in edits if e.path == tied[path])
             edit = Edit(path, table.kind, {**table.args, "tied": table.path})
@@ -298,7 +334,7 @@ def _wave(
 
 
 def _layer(
-    model: Model, path: str, assignment: Assignment, gram: Tensor | None, tied: dict[str, str]
+    model: Model, path: str, assignment: Assignment, sums: dict[str, Tensor], tied: dict[str, str]
 ) -> tuple[Edit | None, dict[str, Tensor], StepRecord]:
     weight = matrix(model.module.get_submodule(path)) if assignment.technique.name != "float16" else None
     if weight is None:
@@ -308,10 +344,18 @@ def _layer(
     name = part.name if part else "other"
     if path in tied:
         return None, {}, StepRecord(path, name, assignment.technique.name, 0, 0.0, 0.0)
-    made: Compressed = assignment.technique.layer(weight, gram, assignment.config)
+    gram, use = sums.get(path), sums.get(f"{path}.use")
+    more = {"use": use} if use is not None and "use" in assignment.technique.needs else {}
+    assert assignment.technique.layer is not None  # check() assigns no other
+    made: Compressed = assignment.technique.layer(weight, gram, assignment.config, **more)
     loss = distortion(weight, made.approximation, gram)
+    side = sum(
+        16 * made.tensors[key].numel() for key in ("scale", "columns") if key in made.tensors and made.kind == "codes"
+    )
+    rate = made.rate + side / weight.numel()
+    limit = None if gram is None or not 0 < loss < 1 else round(bound(weight, gram, loss), 4)
     record = StepRecord(
-        path, name, assignment.technique.name, weight.numel(), round(made.rate, 4), float(f"{loss:.4g}")
+        path, name, assignment.technique.name, weight.numel(), round(rate, 4), float(f"{loss:.4g}"), limit
     )
     return Edit(path, made.kind, made.args), made.tensors, record
 

@@ -42,9 +42,11 @@ def deploy(
     """
     graphs: dict[str, bytes] = {}
     weights: dict[str, np.ndarray] = {}
+    users: dict[str, str] = {}  # what the same graphs use is decoded together
     for graph in model.family.graphs(model.module):
         graphs[graph.name], arrays = export(graph, model.module)
         weights.update(arrays)
+        users.update((name, f"{users[name]}+{graph.name}" if name in users else graph.name) for name in arrays)
     source = model.source
     manifest = {
         "packlight": packlight.__version__,
@@ -62,7 +64,7 @@ def deploy(
     def fill(folder: Path) -> None:
         for name, data in graphs.items():
             (folder / f"{name}.onnx").write_bytes(data)
-        write_weights(folder / WEIGHTS, weights)
+        write_weights(folder / WEIGHTS, weights, users)
         (folder / TOKENIZER).write_bytes(gzip.compress(model.tokenizer.encode("utf-8"), 9, mtime=0))
         (folder / "README.md").write_text(_card(model, plan), encoding="utf-8")
 

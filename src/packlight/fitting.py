@@ -15,7 +15,7 @@ from typing import Any
 import packlight
 from packlight.applying import Options, calibration_batches, check_out, divide, threads_of
 from packlight.bundle import is_bundle, open_bundle
-from packlight.compress import check, compress_
+from packlight.compress import check, compress_, old_ids
 from packlight.data import Dataset, check_disjoint, read_dataset, split
 from packlight.deploy import deploy, ladder, parity, versions
 from packlight.errors import DataError, TargetError
@@ -27,10 +27,11 @@ from packlight.model import Model
 from packlight.plan import Plan, append_line, write_json
 from packlight.planner import front
 from packlight.report import write_report
-from packlight.sensitivity import Level, activations, measure_grams, profile, sensitivity
+from packlight.sensitivity import Level, activations, measure_grams, profile, prunings, sensitivity
 from packlight.serve import open_served
 from packlight.target import Target
 from packlight.verdict import conclude
+from packlight.vocabulary_usage import read_texts
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -124,6 +125,7 @@ def prepare(model: str, data: Path, target: Target, out: Path, options: Options,
             f"{out} has {free / 1e6:.0f} MB free; this fit needs about {needed / 1e6:.0f} MB. Make room or choose another disk."
         )
     identity = [loaded.source.sha256, calibration.sha256, evaluation.sha256, options.language, options.task]
+    identity += [str(options.prune_vocabulary), str(options.texts)]
     key = hashlib.sha256(json.dumps([*identity, options.seed, packlight.__version__]).encode()).hexdigest()[:12]
     work = out / "work" / key
     try:
@@ -164,10 +166,23 @@ def _plan(run: Run) -> tuple[list[Level], list[Plan]]:
     sums = measure_grams(run.model, observed, run.progress)
     levels = sensitivity(run.model, sums, judged, kept, run.progress)
     rounding = activations(run.model, judged, run.work / "activations.jsonl", run.progress)
-    plans = front(run.model, levels, rounding, _calibration(run), run.options.seed)
+    vocabularies = prunings(run.model, observed, judged, _languages(run), _texts(run))
+    plans = front(run.model, levels, rounding, vocabularies, (_calibration(run), run.options.seed))
     for plan in plans:
         check(plan, run.model, run.calibration.sha256)
     return levels, plans
+
+
+def _languages(run: Run) -> list[str]:
+    """What the model is to write; empty when the vocabulary must stay whole."""
+    options, several = run.options, bool(run.model.settings.get("lang_to_id"))
+    if not options.prune_vocabulary or (several and (not options.language or options.task != "transcribe")):
+        return []
+    return [options.language or "en"]
+
+
+def _texts(run: Run) -> list[str]:
+    return read_texts(run.options.texts) if run.options.texts else []
 
 
 def _search(run: Run, plans: Sequence[Plan]) -> list[dict[str, Any]]:
@@ -223,11 +238,14 @@ def _attempt(run: Run, plan: Plan) -> dict[str, Any]:
     threads = threads_of(run.options, run.target.device)
     served = open_served(bundle, threads)
 
+    names = old_ids(plan)
+
     def reply(audio: Any) -> list[int]:
-        return list(served.answer(audio, run.options.language, run.options.task).tokens)
+        tokens = served.answer(audio, run.options.language, run.options.task).tokens
+        return list(tokens) if names is None else [names[t] for t in tokens]
 
     after = answers(run.evaluation, reply, folder / "after.jsonl", f"{plan.name} in ONNX Runtime", run.progress)
-    found, rows = quality(run.evaluation, run.before, after, served.decode, run.options.language or "en")
+    found, rows = quality(run.evaluation, run.before, after, run.model.decoder(), run.options.language or "en")
     agreed = parity(fresh, served, judged[:2])
     timing = time_pair(spread(run.evaluation, TIMED), _answer_of(run), reply, run.progress)
     recordings = [str(s.path.resolve()) for s in spread(run.evaluation, 3)]

@@ -140,20 +140,23 @@ def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 
 class CodeLinear(nn.Module):
-    """y = x Wᵀ + b with W = scale * codes. Codes int8 [in, out], scale float32 [out].
+    """y = x Wᵀ + b with W = scale * codes * columns. Codes int8 [in, out], scale float32 [out], columns float32 [in].
 
-    The input is quantized on the fly as `activations` says, a key of `ACTIVATIONS`: integer kernels need that.
+    The columns' factors, where a layer has them, multiply its input; they are 1 in others. The input is quantized on the fly as `activations` says, a key of `ACTIVATIONS`: integer kernels need that.
     """
 
-    def __init__(self, columns: int, rows: int, bias: bool, activations: str) -> None:
+    def __init__(self, columns: int, rows: int, bias: bool, activations: str, factors: bool = False) -> None:
         super().__init__()
         self.register_buffer("codes", torch.zeros(columns, rows, dtype=torch.int8))
         self.register_buffer("scale", torch.ones(rows))
+        self.register_buffer("columns", torch.ones(columns) if factors else None)
         self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
         self.activations = activations
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
+        if self.columns is not None:
+            x = x * self.columns
         if torch.compiler.is_exporting():
             y = torch.ops.packlight.code_linear(x, self.codes, self.scale, self.activations)
         else:
@@ -164,9 +167,9 @@ class CodeLinear(nn.Module):
 class CodeConv1d(CodeLinear):
     """A one-dimensional convolution as its windows times a matrix of codes [kernel * in, out]."""
 
-    def __init__(self, like: nn.Conv1d, activations: str) -> None:
+    def __init__(self, like: nn.Conv1d, activations: str, factors: bool = False) -> None:
         rows, columns = matrix(like).shape
-        super().__init__(columns, rows, like.bias is not None, activations)
+        super().__init__(columns, rows, like.bias is not None, activations, factors)
         # Named as in nn.Conv1d: models read them, Whisper to check the length of its input.
         self.kernel_size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
 
@@ -178,18 +181,21 @@ class CodeConv1d(CodeLinear):
 class CodeEmbedding(nn.Module):
     """A table of codes int8 [width, tokens] with a scale per token. Stored so that a tied head can share it."""
 
-    def __init__(self, tokens: int, width: int) -> None:
+    def __init__(self, tokens: int, width: int, factors: bool = False) -> None:
         super().__init__()
         self.register_buffer("codes", torch.zeros(width, tokens, dtype=torch.int8))
         self.register_buffer("scale", torch.ones(tokens))
+        self.register_buffer("columns", torch.ones(width) if factors else None)
         self.num_embeddings = tokens
 
     def forward(self, ids: Tensor, past_key_values_length: int = 0, position_ids: Tensor | None = None) -> Tensor:
         """Ids [...] to [..., width]. A table of positions is looked up by `position_ids`, as transformers calls it."""
         ids = ids if position_ids is None else position_ids
         if torch.compiler.is_exporting():
-            return torch.ops.packlight.code_embedding(ids, self.codes, self.scale)
-        return self.codes[:, ids.reshape(-1)].T.float().reshape(*ids.shape, -1) * self.scale[ids][..., None]
+            rows = torch.ops.packlight.code_embedding(ids, self.codes, self.scale)
+        else:
+            rows = self.codes[:, ids.reshape(-1)].T.float().reshape(*ids.shape, -1) * self.scale[ids][..., None]
+        return rows if self.columns is None else rows * self.columns
 
 
 class GroupLinear(nn.Module):
@@ -287,7 +293,7 @@ class Edit:
     Args:
         path: of the layer that is replaced.
         kind: 'codes' or 'groups'.
-        args: 'activations' for codes; 'bits' and 'group' for groups; 'tied' names the path of a layer that was
+        args: 'activations' and 'columns' for codes; 'bits' and 'group' for groups; 'tied' names the path of a layer that was
             replaced before and whose buffers are shared.
     """
 
@@ -299,13 +305,13 @@ class Edit:
 def build(layer: nn.Module, edit: Edit) -> nn.Module:
     """The empty layer that an edit puts in the place of `layer`. Raises PlanError for a pair that does not exist."""
     if edit.kind == "codes":
-        activations = str(edit.args.get("activations", "int8"))
+        activations, factors = str(edit.args.get("activations", "int8")), bool(edit.args.get("columns"))
         if isinstance(layer, nn.Conv1d):
-            return CodeConv1d(layer, activations)
+            return CodeConv1d(layer, activations, factors)
         if isinstance(layer, nn.Linear):
-            return CodeLinear(layer.in_features, layer.out_features, layer.bias is not None, activations)
+            return CodeLinear(layer.in_features, layer.out_features, layer.bias is not None, activations, factors)
         if isinstance(layer, nn.Embedding):
-            return CodeEmbedding(layer.num_embeddings, layer.embedding_dim)
+            return CodeEmbedding(layer.num_embeddings, layer.embedding_dim, factors)
     if edit.kind == "groups":
         bits, group = int(edit.args["bits"]), int(edit.args["group"])
         if isinstance(layer, nn.Conv1d):

@@ -7,6 +7,7 @@ safetensors beside it.
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,13 @@ class Model:
         """Path -> layer, for every linear layer, convolution and embedding, in the order of the module."""
         kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
         return {path: layer for path, layer in self.module.named_modules() if isinstance(layer, kinds)}
+
+    def decoder(self) -> Callable[[Any], str]:
+        """A function from token ids to text, without special tokens."""
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(self.tokenizer)
+        return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def edit_(self, edit: Edit) -> nn.Module:
         """Carry out an edit and log it. Returns the new layer, to be filled."""

@@ -79,8 +79,9 @@ class StepRecord:
     part: str
     technique: str
     parameters: int
-    rate: float  # bits per weight, measured entropy of the codes or width of the format
+    rate: float  # bits per weight, measured rate of the codes or width of the format
     distortion: float  # E|(W - Ŵ)x|² / E|Wx|² on calibration data; |W - Ŵ|² / |W|² where no Gram matrix exists
+    bound: float | None = None  # bits per weight below which no code reaches that distortion; needs a Gram matrix
 
 
 def plan_from_dict(values: dict[str, Any], where: str = "the plan") -> Plan:

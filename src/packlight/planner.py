@@ -6,14 +6,16 @@ front minimises total KL + lambda * bytes, one lambda after the other: losses of
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from packlight.model import Model
 from packlight.plan import Plan, Step
-from packlight.sensitivity import Level
+from packlight.sensitivity import Level, Pruning, settings
 
-_FINE = tuple(2.25 + 0.25 * i for i in range(12))  # rates a plan may use
-_GAP = 0.04  # plans on the front lie at least this far apart in bytes
+_FINE = tuple(2.25 + 0.125 * i for i in range(24))  # rates a plan may use
+_GAP = 0.015  # plans on the front lie at least this far apart in bytes
+_TUNE = 0.005  # predicted KL from which tuning is worth its minutes
 _WORTH = 0.1  # share of the finest weights' KL that a range per row must save to be worth its time
 
 Activations = Mapping[str, Mapping[str, float]]
@@ -41,8 +43,28 @@ def levels_between(levels: Sequence[Level]) -> list[Level]:
     return result
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """A level for every part, with a vocabulary: a plan before its reasons are written."""
+
+    vocabulary: Pruning
+    levels: tuple[Level, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(lv.bytes for lv in self.levels)
+
+    @property
+    def kl(self) -> float:
+        return self.vocabulary.kl + sum(lv.kl for lv in self.levels)
+
+
 def front(
-    model: Model, levels: Sequence[Level], rounding: Activations, calibration: dict[str, Any], seed: int
+    model: Model,
+    levels: Sequence[Level],
+    rounding: Activations,
+    vocabularies: Sequence[Pruning],
+    origin: tuple[dict[str, Any], int],
 ) -> list[Plan]:
     """Plans along the Pareto front of bytes and predicted KL, smallest first, then two with float activations.
 
@@ -50,29 +72,41 @@ def front(
         model: the original.
         levels: from `sensitivity`.
         rounding: from `activations`.
-        calibration: what the plans say of the samples.
-        seed: what the plans say of randomness.
+        vocabularies: from `prunings`.
+        origin: what the plans say of the calibration samples, and the seed.
     """
     by_part: dict[str, list[Level]] = {}
     for level in levels:
         by_part.setdefault(level.part, []).append(level)
-    choices = {part: levels_between(found) for part, found in by_part.items()}
-    found: dict[tuple[Any, ...], list[Level]] = {}
-    for step in range(400):
-        price = 10 ** (-11 + step * 0.02)
-        picked = [min(c, key=lambda lv: lv.kl + price * lv.bytes) for c in choices.values()]
-        found[tuple(lv.rate for lv in picked)] = picked
-    ranked = sorted(found.values(), key=lambda picked: sum(lv.bytes for lv in picked))
-    spaced: list[list[Level]] = []
-    for picked in ranked:
-        size = sum(lv.bytes for lv in picked)
-        if spaced and size < (1 + _GAP) * sum(lv.bytes for lv in spaced[-1]) and picked is not ranked[-1]:
-            continue
-        spaced.append(picked)
-    finest = [c[0] for c in choices.values()]
-    modes = _modes(rounding, sum(min(lv.kl for lv in c) for c in choices.values()))
-    plans = [_plan(model, p, modes, f"p{i + 1:02d}", (calibration, seed)) for i, p in enumerate(spaced)]
-    return [*plans, *_float_plans(model, finest, calibration, seed)]
+    parts = {part: levels_between(found) for part, found in by_part.items()}
+    tables = {p.name for table, _ in model.family.tied if (p := model.family.part_of(table)) is not None}
+    found: list[_Choice] = []
+    for vocabulary in vocabularies:
+        kept = {p: [_shrunk(lv, vocabulary.share) if p in tables else lv for lv in c] for p, c in parts.items()}
+        for step in range(800):
+            price = 10 ** (-11 + step * 0.01)
+            best = tuple(min(c, key=lambda lv: lv.kl + price * lv.bytes) for c in kept.values())
+            found.append(_Choice(vocabulary, best))
+    modes = _modes(rounding, sum(min(lv.kl for lv in c) for c in parts.values()))
+    plans = [_plan(model, c, modes, f"p{i + 1:02d}", origin) for i, c in enumerate(_spaced(found))]
+    return [*plans, *_float_plans(model, [c[0] for c in parts.values()], *origin)]
+
+
+def _shrunk(level: Level, share: float) -> Level:
+    return replace(level, bytes=int(level.bytes * share))
+
+
+def _spaced(found: Sequence[_Choice]) -> list[_Choice]:
+    """Those that no other beats in both bytes and KL, thinned to some distance; the largest always stays."""
+    best: list[_Choice] = []
+    for choice in sorted(found, key=lambda c: (c.bytes, c.kl)):
+        if not best or choice.kl < best[-1].kl:
+            best.append(choice)
+    thin: list[_Choice] = []
+    for choice in best:
+        if not thin or choice.bytes >= (1 + _GAP) * thin[-1].bytes or choice is best[-1]:
+            thin.append(choice)
+    return thin
 
 
 def _modes(rounding: Activations, weights: float) -> dict[str, tuple[str, float, str]]:
@@ -94,18 +128,19 @@ _STEPWISE = ("int8", 0.0, "8-bit activations, because integer kernels are the fa
 
 def _plan(
     model: Model,
-    picked: Sequence[Level],
+    choice: _Choice,
     modes: dict[str, tuple[str, float, str]],
     name: str,
     origin: tuple[dict[str, Any], int],
 ) -> Plan:
-    steps = []
-    for level in picked:
+    steps = [] if choice.vocabulary.step is None else [choice.vocabulary.step]
+    for level in choice.levels:
         part = next(p for p in model.family.parts if p.name == level.part)
         mode, _, why = modes.get(level.part, _STEPWISE)
         groups = level.technique == "group_weights"
         rate = f"{level.rate:g} bits per weight" if level.rate else "the finest 7-bit grid"
-        config = {"bits": 8, "group": 32} if groups else {"rate": level.rate, "activations": mode}
+        codes = settings(model, level.part, level.rate) | {"activations": mode}
+        config = {"bits": 8, "group": 32} if groups else codes
         how = "measured" if level.measured else "interpolated between measured rates"
         reason = (
             f"{level.part}: {'8-bit groups of 32' if groups else rate}; KL {level.kl:.2g} per token, "
@@ -113,8 +148,11 @@ def _plan(
         )
         steps.append(Step(level.technique, config, part.paths, reason))
     steps.append(Step("float16", {}, ("*",), "norms and biases: too few bytes to gain anything"))
-    kl = sum(lv.kl for lv in picked) + sum(loss for _, loss, _ in modes.values())
-    expected = {"bytes": float(sum(lv.bytes for lv in picked)), "kl": kl}
+    kl = choice.kl + sum(loss for _, loss, _ in modes.values())
+    if choice.kl > _TUNE:
+        reason = f"rounding alone is predicted to cost KL {kl:.2g} per token; scales, biases and norms make good for it"
+        steps.append(Step("tune_scales", {}, ("*",), reason))
+    expected = {"bytes": float(choice.bytes), "kl": kl}
     return Plan(tuple(steps), model.family.name, origin[0], origin[1], name, expected)
 
 

@@ -2,7 +2,8 @@
 
 A compressed weight is integer codes with a scale: Ŵ[o, i] = scale[o, g(i)] * (codes[o, i] - zero[o, g(i)]). With one
 group per row this is the form that int8 kernels take; the file holds the codes at their entropy, so a coarser step
-makes the file smaller without another layout. With several groups it is the W4A16 form of 4-bit kernels.
+makes the file smaller without another layout. A factor per column, which the layer's input is multiplied with, lets
+inputs of little variance have coarser steps. With several groups it is the W4A16 form of 4-bit kernels.
 """
 
 from dataclasses import dataclass
@@ -10,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from packlight.codec import entropy
+from packlight.codec import coded_rate
 
 # Pairs of u8 x s8 products saturate the 16-bit sums of AVX2 without VNNI unless |code| <= 64: 255 * 64 * 2 < 2^15.
 # Codes within +-63 are exact on every processor and cost half a bit of resolution.
 LIMIT = 63
-_SAMPLE = 2_000_000  # weights looked at when a step is searched
+_SAMPLE = 400_000  # weights looked at when a step is searched
 _ROWS, _BLOCK = 4096, 64  # rows at a time, columns between two full updates: 1 MB of float32
 
 
@@ -28,6 +29,7 @@ class Grid:
         zero: [out, groups], the code that stands for 0.
         low, high: smallest and largest code.
         group: columns that share a scale; groups * group >= columns.
+        columns: [in], a further factor of each column's scale; None for 1.
     """
 
     scale: Tensor
@@ -35,16 +37,19 @@ class Grid:
     low: int
     high: int
     group: int
+    columns: Tensor | None = None
 
     def codes(self, weight: Tensor) -> Tensor:
         """Nearest codes of a weight [out, in], as int16."""
         scale, zero = self._wide(weight.shape[1])
+        scale = scale if self.columns is None else scale * self.columns
         return (torch.round(weight / scale) + zero).clamp_(self.low, self.high).to(torch.int16)
 
     def values(self, codes: Tensor) -> Tensor:
         """The weight [out, in] that the codes stand for, float32."""
         scale, zero = self._wide(codes.shape[1])
-        return (codes.float() - zero) * scale
+        values = (codes.float() - zero) * scale
+        return values if self.columns is None else values * self.columns
 
     def _wide(self, columns: int) -> tuple[Tensor, Tensor]:
         if self.scale.shape[1] == 1:
@@ -79,10 +84,63 @@ def channel_grid(weight: Tensor, rate: float | None = None, limit: int = LIMIT) 
     return Grid(scale[:, None], torch.zeros_like(scale)[:, None], -limit, limit, weight.shape[1])
 
 
-def find_step(weight: Tensor, rate: float, limit: int = LIMIT) -> float:
-    """The step for which rounding to nearest gives that entropy, by bisection to 0.002 bits on at most 2 M weights.
+def column_grid(weight: Tensor, gram: Tensor, rate: float, damp: float = 0.01, rows: Tensor | None = None) -> Grid:
+    """One scale for all rows and a factor per column: WaterSIC's steps, inversely as what is left of an input's energy.
 
-    Returns 0 when even the finest grid of `limit` has a lower entropy.
+    WaterSIC (Successive cancellation with water-filling, ICML 2026): the step of column i is c / L_ii, where L_ii² is the part of input i that the columns
+    rounded after it can't make up for. All columns then add the same error, as reverse water-filling asks.
+
+    Args:
+        weight: [out, in].
+        gram: [in, in], the sum of x xᵀ.
+        rate: bits per weight after entropy coding.
+        damp: as in `error_feedback`, which must round in the order that this grid was made for.
+        rows: [out], relative steps of the rows; None for equal ones.
+
+    Returns:
+        the grid; a row or column whose codes would pass `LIMIT` has a larger step.
+    """
+    order = feedback_order(gram)
+    factor = torch.empty(len(gram))
+    factor[order] = _inverse_factor(gram[order][:, order], damp).diagonal()  # 1 / L_ii
+    factor = factor / factor.log().mean().exp()
+    relative = torch.ones(len(weight), 1) if rows is None else (rows / rows.log().mean().exp())[:, None]
+    step = find_step(weight / (factor * relative), rate, 1 << 30)
+    if rows is None:
+        factor = torch.maximum(factor, weight.abs().amax(0) / (LIMIT * step))
+    columns = _storable(factor.clamp(min=1e-6))
+    scale = torch.maximum(step * relative, (weight / columns).abs().amax(1, keepdim=True) / LIMIT)
+    scale = _storable(torch.where(scale > 0, scale, torch.ones_like(scale)))
+    return Grid(scale, torch.zeros_like(scale), -LIMIT, LIMIT, weight.shape[1], columns)
+
+
+def rescaled(grid: Grid, weight: Tensor, codes: Tensor, gram: Tensor) -> Grid:
+    """The grid with the factors that are best for these codes: least squares over columns, then over rows.
+
+    With Z the values and S the Gram matrix, the column factors solve (ZᵀZ * S) f = sum over rows of Z * (W S); the
+    product with * is by element. Rows are independent of each other.
+    """
+    gram = gram.float()
+    target = weight @ gram
+    if grid.columns is not None:
+        value = grid.values(codes)
+        system = (value.T @ value * gram).double()
+        system.diagonal().add_(1e-3 * system.diagonal().mean() + 1e-30)
+        aim = (value * target).sum(0).double() + 1e-3 * system.diagonal().mean()  # pulled to 1, not to 0
+        fit = torch.linalg.solve(system, aim).float()
+        columns = _storable(grid.columns * fit.clamp(0.5, 1.5))
+        grid = Grid(grid.scale, grid.zero, grid.low, grid.high, grid.group, columns)
+    value = grid.values(codes)
+    below = (value @ gram * value).sum(1)
+    fit = torch.where(below > 0, (value * target).sum(1) / below.clamp(min=1e-30), torch.ones_like(below))
+    scale = _storable(grid.scale * fit.clamp(0.5, 1.5)[:, None])
+    return Grid(scale, grid.zero, grid.low, grid.high, grid.group, grid.columns)
+
+
+def find_step(weight: Tensor, rate: float, limit: int = LIMIT) -> float:
+    """The step for which rounding to nearest gives that rate, by bisection to 0.002 bits on a sample of the rows.
+
+    Returns 0 when even the finest grid of `limit` has a lower rate.
     """
     rows = max(1, -(-weight.numel() // _SAMPLE))
     sample = weight[::rows]
@@ -90,12 +148,13 @@ def find_step(weight: Tensor, rate: float, limit: int = LIMIT) -> float:
     peak = torch.where(peak > 0, peak, torch.ones_like(peak))
 
     def bits(step: float) -> float:
-        return entropy(torch.round(sample / peak.clamp(min=step)).to(torch.int8).numpy())
+        return rate_of(torch.round(sample / peak.clamp(min=step)))
 
-    if bits(0.0) <= rate:
+    if limit <= 127 and bits(0.0) <= rate:
         return 0.0
-    low, high = 0.0, float(sample.abs().max())
-    for _ in range(40):
+    high = float(sample.abs().max())
+    low = 0.0 if limit <= 127 else high / 2000
+    for _ in range(24):
         middle = (low + high) / 2
         measured = bits(middle)
         if abs(measured - rate) < 0.002:
@@ -149,15 +208,20 @@ def error_feedback(weight: Tensor, gram: Tensor, grid: Grid, damp: float = 0.01)
     Returns:
         codes [out, in], int16.
     """
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    order = feedback_order(gram)
     upper = _inverse_factor(gram[order][:, order], damp)
     codes = torch.empty(weight.shape, dtype=torch.int16)
     # Rows are independent: a few thousand at a time, turned so that a column is contiguous, stay in the cache.
     for rows in torch.arange(len(weight)).split(_ROWS):
-        part = Grid(grid.scale[rows], grid.zero[rows], grid.low, grid.high, grid.group)
+        part = Grid(grid.scale[rows], grid.zero[rows], grid.low, grid.high, grid.group, grid.columns)
         turned = _feedback_rows(weight[rows][:, order].T.float().contiguous(), upper, part, order)
         codes[rows[:, None], order] = turned.T
     return codes
+
+
+def feedback_order(gram: Tensor) -> Tensor:
+    """The order in which columns are rounded: falling energy of their inputs."""
+    return torch.argsort(gram.diagonal(), descending=True, stable=True)
 
 
 def _feedback_rows(work: Tensor, upper: Tensor, grid: Grid, order: Tensor) -> Tensor:
@@ -166,11 +230,12 @@ def _feedback_rows(work: Tensor, upper: Tensor, grid: Grid, order: Tensor) -> Te
     codes = torch.empty(work.shape, dtype=torch.int16)
     scales, zeros = grid.scale.T.contiguous(), grid.zero.T.contiguous()
     groups = (order // grid.group).tolist()
+    factors = [1.0] * columns if grid.columns is None else grid.columns[order].tolist()
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
         errors = torch.empty(end - start, work.shape[1])
         for i in range(start, end):
-            scale, zero = scales[groups[i]], zeros[groups[i]]
+            scale, zero = scales[groups[i]] * factors[i], zeros[groups[i]]
             code = torch.round(work[i] / scale).add_(zero).clamp_(grid.low, grid.high)
             codes[i] = code
             error = (work[i] - (code - zero) * scale) / upper[i, i]
@@ -206,5 +271,32 @@ def distortion(weight: Tensor, approximation: Tensor, gram: Tensor | None = None
 
 
 def rate_of(codes: Tensor) -> float:
-    """Entropy of the codes in bits per weight. Codes must fit 8 bits, signed or unsigned."""
-    return entropy((codes & 255).to(torch.uint8).numpy())
+    """Bits per weight that the weights file spends on codes [out, in], given the spread of their rows and columns."""
+    return coded_rate(codes.numpy())
+
+
+def bound(weight: Tensor, gram: Tensor, loss: float) -> float:
+    """The rate below which no code of any kind, however slow, brings a layer's relative output error to `loss`.
+
+    Reverse water-filling (Cover and Thomas, theorem 10.3.3) over the eigenvectors of the Gram matrix: a direction
+    with energy v gets max(0, log2(v / theta) / 2) bits, and theta is such that the errors min(v, theta) sum to the
+    loss. The energies are those of this weight: v_i = lambda_i * mean over rows of (W u_i)².
+
+    Args:
+        weight: [out, in].
+        gram: [in, in].
+        loss: `distortion` reached, above 0.
+
+    Returns:
+        bits per weight.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(gram.double())
+    energy = eigenvalues.clamp(min=0) * (weight.double() @ vectors).square().mean(0)
+    low, high = 0.0, float(energy.max())
+    for _ in range(100):
+        theta = (low + high) / 2
+        if float(energy.clamp(max=theta).mean()) < loss * float(energy.mean()):
+            low = theta
+        else:
+            high = theta
+    return float((0.5 * torch.log2(energy / max(high, 1e-300))).clamp(min=0).mean())

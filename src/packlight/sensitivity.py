@@ -4,20 +4,24 @@ Sensitivity is the Kullback-Leibler divergence of the compressed model's next-to
 per token, with one part compressed at a time, on calibration samples that gave no Gram matrix.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from packlight.errors import PlanError
 from packlight.families import Batch
 from packlight.layers import ACTIVATIONS, matrix
 from packlight.model import Model
-from packlight.observe import grams
-from packlight.plan import append_line, read_lines
+from packlight.observe import grams, token_use
+from packlight.plan import Step, append_line, read_lines
 from packlight.tables import TECHNIQUES
+from packlight.techniques.prune_vocabulary import step as prune_step
+from packlight.vocabulary import choose, read_vocabulary
+from packlight.vocabulary_usage import measure_usage, texts_sha256
 
 Progress = Callable[[str, int, int], None]
 
@@ -58,12 +62,28 @@ def measure_grams(model: Model, batches: Sequence[Batch], progress: Progress | N
     """Gram matrices of every linear layer and convolution of the original, in one pass over the batches."""
     kinds = (nn.Linear, nn.Conv1d)
     layers = {p: layer for p, layer in model.layers().items() if isinstance(layer, kinds)}
-    with torch.no_grad(), grams(layers) as sums:
+
+    def logits() -> Iterator[Tensor]:
         for i, batch in enumerate(batches):
-            model.family.run(model.module, batch)
+            yield model.family.run(model.module, batch)
             if progress:
                 progress("observing activations", i + 1, len(batches))
-    return sums
+
+    with torch.no_grad(), grams(layers) as sums:
+        use = token_use(logits(), [b[model.family.reads] for b in batches])
+    return {**sums, **{f"{table}.use": use for table, _ in model.family.tied}}
+
+
+def settings(model: Model, part: str, rate: float | None) -> dict[str, Any]:
+    """Settings of error feedback that measuring and planning use for one part at one rate.
+
+    Inputs of the first tower come in thousands of rows per sample, so their Gram matrices need little damping.
+    """
+    if rate is None:
+        return {"rate": None}
+    first = next(p for p in model.family.parts if p.name == part).tower == model.family.towers[0].name
+    found = {"rate": rate, "columns": True, "damp": 0.002 if first else 0.01}
+    return found | ({"use": 0.25} if _is_table(model, part) else {})
 
 
 def sensitivity(
@@ -166,7 +186,7 @@ def _measure_part(
     """Compress one part's weights, compare with the original, put the weights back."""
     name = "group_weights" if rate == 8.0 else "error_feedback"
     technique = TECHNIQUES[name]
-    config = technique.config(bits=8) if name == "group_weights" else technique.config(rate=rate)
+    config = technique.config(**({"bits": 8} if name == "group_weights" else settings(model, part, rate)))
     heads = {head: table for table, head in model.family.tied}
     gram_of = {table: sums.get(head) for head, table in heads.items()}
     paths = [p for p in model.layers() if (q := model.family.part_of(p)) and q.name == part and p not in heads]
@@ -177,8 +197,10 @@ def _measure_part(
             layer = model.module.get_submodule(path)
             weight = layer.weight
             saved[path] = weight.detach().clone()
-            made = technique.layer(matrix(layer), gram_of.get(path, sums.get(path)), config)
-            size += int(1.01 * made.rate * weight.numel() / 8) + 2 * len(made.approximation)
+            use = {"use": sums.get(f"{path}.use")} if "use" in technique.needs else {}
+            assert technique.layer is not None
+            made = technique.layer(matrix(layer), gram_of.get(path, sums.get(path)), config, **use)
+            size += int(1.01 * made.rate * weight.numel() / 8) + 2 * sum(made.approximation.shape)
             weight.copy_(_like(made.approximation, layer))
         kl, flips = _divergence(model, pairs)
         for path, weight in saved.items():
@@ -197,3 +219,71 @@ def _like(weight: Tensor, layer: nn.Module) -> Tensor:
         out, channels, taps = layer.weight.shape
         return weight.view(out, taps, channels).permute(0, 2, 1)
     return weight
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """A way to treat the vocabulary table.
+
+    Args:
+        share: of the table's rows that stay.
+        kl: per token, from tokens that go.
+        step: of the plan; None to keep all.
+    """
+
+    share: float = 1.0
+    kl: float = 0.0
+    step: Step | None = None
+
+
+_SHARES = (0.5, 0.4, 0.32, 0.25)  # of the rows that a pruned vocabulary keeps
+_LARGE = 0.2  # share of all parameters from which a table is worth pruning
+
+
+def prunings(
+    model: Model,
+    observed: Sequence[Batch],
+    judged: Sequence[Batch],
+    languages: Sequence[str],
+    texts: Sequence[str] = (),
+) -> list[Pruning]:
+    """Ways to prune the vocabulary, the first of which is not to.
+
+    The loss is measured as if the judged samples were not known: tokens are chosen by the languages, the texts and the
+    observed samples, and where the original gives a share m of its probability to tokens that went, the KL divergence
+    of what is left is -log(1 - m). The tokens of a plan are then chosen with the words of all samples.
+
+    Args:
+        model: the original.
+        observed: calibration batches that the tokens are chosen with.
+        judged: others, that say what it costs.
+        languages: codes that the model is to write; none for no pruning, since any token may then be needed.
+        texts: further texts that it is to write well.
+    """
+    family, module = model.family, model.module
+    layers = [(module.get_submodule(table), (table, head)) for table, head in family.tied]
+    total = sum(p.numel() for p in module.parameters())
+    if not languages or len(layers) != 1 or layers[0][0].weight.numel() < _LARGE * total:
+        return [Pruning()]
+    table, scope = layers[0]
+    rows = table.num_embeddings
+    known = read_vocabulary(model.tokenizer, rows)
+    words = [[int(i) for i in b[family.reads].flatten()] for b in (*observed, *judged)]
+    first = measure_usage(model.tokenizer, rows, languages=languages, texts=texts, words=words[: len(observed)])
+    whole = measure_usage(model.tokenizer, rows, languages=languages, texts=texts, words=words)
+    with torch.no_grad():
+        written = [torch.softmax(family.run(module, b), -1) for b in judged]
+    found = [Pruning()]
+    for share in _SHARES:
+        size = int(rows * share)
+        try:
+            blind = choose(known, first, size=size, always={i for w in words[: len(observed)] for i in w})
+            kept = choose(known, whole, size=size, always={i for w in words for i in w})
+        except PlanError:  # fewer than what must stay
+            continue
+        stay = torch.tensor(blind.ids)
+        kl = float(torch.cat([-torch.log(p[:, stay].sum(-1).clamp(max=1)) for p in written]).mean())
+        made = prune_step(kept, scope, tuple(languages), texts_sha256(texts) if texts else "")
+        why = f"{made.reason}; KL {kl:.2g} per token on samples that had no part in choosing"
+        found.append(Pruning(len(kept.ids) / rows, kl, replace(made, reason=why)))
+    return found

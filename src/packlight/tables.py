@@ -5,10 +5,14 @@ from packlight.techniques import Technique
 from packlight.techniques.codes import ERROR_FEEDBACK, ROUND_TO_NEAREST
 from packlight.techniques.float16 import FLOAT16
 from packlight.techniques.groups import GROUP_WEIGHTS
+from packlight.techniques.prune_vocabulary import PRUNE_VOCABULARY
+from packlight.techniques.tune_scales import TUNE_SCALES
 
 FAMILIES: tuple[Family, ...] = (whisper.FAMILY,)
 
-TECHNIQUES: dict[str, Technique] = {t.name: t for t in (ROUND_TO_NEAREST, ERROR_FEEDBACK, GROUP_WEIGHTS, FLOAT16)}
+TECHNIQUES: dict[str, Technique] = {
+    t.name: t for t in (PRUNE_VOCABULARY, ROUND_TO_NEAREST, ERROR_FEEDBACK, GROUP_WEIGHTS, FLOAT16, TUNE_SCALES)
+}
 
 # Runtimes and what serves a task on the device are named in the bundle's manifest; `packlight.serve` opens them.
 RUNTIMES: tuple[str, ...] = ("onnxruntime",)

@@ -91,6 +91,7 @@ class Family:
         serving: (module, settings, language, task) -> what serving needs, for the manifest.
         multiply_adds: (module, path) -> multiply-adds of that layer for `unit`.
         unit: the amount of work that multiply-adds are given for, in words.
+        reads: key of the batches' token ids, which the tied table is looked up by.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Family:
     serving: Callable[[nn.Module, dict[str, Any], str | None, str], dict[str, Any]]
     multiply_adds: Callable[[nn.Module, str], int]
     unit: str
+    reads: str
 
     def part_of(self, path: str) -> Part | None:
         """The part that a layer belongs to, or None."""

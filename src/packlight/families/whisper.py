@@ -219,8 +219,7 @@ def prepare(
 
 def encode(module: nn.Module, batch: Batch) -> Batch:
     """The batch with the encoder's output in it, so that passes through the decoder alone are cheap."""
-    with torch.no_grad():
-        states = module.model.encoder(batch["input_features"]).last_hidden_state
+    states = module.model.encoder(batch["input_features"]).last_hidden_state
     return {**batch, "states": states}
 
 
@@ -303,6 +302,7 @@ FAMILY = Family(
     serving=serving,
     multiply_adds=multiply_adds,
     unit="30 s of audio and 25 tokens of text",
+    reads="decoder_input_ids",
 )
 
 

@@ -16,6 +16,7 @@ class Stage(IntEnum):
     DISTILL = 2
     SMOOTH = 3
     QUANTIZE = 4
+    TUNE = 5
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,17 @@ class Technique:
     Args:
         name: as plans write it.
         config: a frozen dataclass, whose fields are the settings; it checks its own values.
-        layer: (weight [out, in], Gram matrix [in, in] or None, config) -> Compressed.
+        layer: None for a technique of whole models, which `compress_` knows by its stage; else (weight [out, in], Gram matrix [in, in] or None, config) -> Compressed; one that needs 'use' also takes
+            how much each row of a table is used, [out], or None.
         stage: when it runs.
-        needs: 'gram' when it can't work without calibration data.
+        needs: 'gram' when it can't work without calibration data; 'use' when it takes the use of tokens.
         paper: where it comes from.
         summary: one line for `docs` and `--help`.
     """
 
     name: str
     config: type[Any]
-    layer: Callable[[Tensor, Tensor | None, Any], Compressed]
+    layer: Callable[..., Compressed] | None
     stage: Stage
     needs: tuple[str, ...] = field(default=())
     paper: str = ""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from packlight.errors import PlanError
-from packlight.quant import Grid, channel_grid, error_feedback, rate_of
+from packlight.quant import Grid, channel_grid, column_grid, error_feedback, rate_of, rescaled
 from packlight.techniques import Compressed, Stage, Technique
 
 
@@ -32,11 +32,16 @@ class CodesConfig:
             need; 'int8_rows' takes a range per row, a little slower and exact where a few rows are huge; 'float' does
             not quantize.
         damp: share of the mean diagonal added to the Gram matrix (error feedback only).
+        columns: a factor per input channel, steps that fit each input's energy (error feedback at a rate only).
+        use: how far the steps of a table's rows follow how much their token is used: step ~ use^-use. 0 for equal steps
+            (error feedback with columns only).
     """
 
     rate: float | None = None
     activations: Literal["int8", "int8_rows", "float"] = "int8"
     damp: float = 0.01
+    columns: bool = False
+    use: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rate is not None and not 1 <= self.rate <= 8:
@@ -45,6 +50,8 @@ class CodesConfig:
             raise PlanError(f"activations is {self.activations!r}; it must be 'int8', 'int8_rows' or 'float'.")
         if not 0 < self.damp <= 1:
             raise PlanError(f"damp is {self.damp}; it must lie above 0 and up to 1.")
+        if not 0 <= self.use <= 0.5:
+            raise PlanError(f"use is {self.use}; it must lie from 0 to 0.5.")
 
 
 def round_to_nearest(weight: Tensor, gram: Tensor | None, config: CodesConfig) -> Compressed:
@@ -53,22 +60,30 @@ def round_to_nearest(weight: Tensor, gram: Tensor | None, config: CodesConfig) -
     return _compressed(grid, grid.codes(weight), config)
 
 
-def feedback(weight: Tensor, gram: Tensor | None, config: CodesConfig) -> Compressed:
+def feedback(weight: Tensor, gram: Tensor | None, config: CodesConfig, use: Tensor | None = None) -> Compressed:
     """Codes in GPTQ order: the error of each column is made good by those not yet rounded.
 
     A layer without a Gram matrix is a table that is only looked up: its inputs are one-hot, so their Gram matrix is
     diagonal, and feedback is the same as rounding to nearest.
     """
-    grid = channel_grid(weight, config.rate)
-    codes = grid.codes(weight) if gram is None else error_feedback(weight, gram, grid, config.damp)
-    return _compressed(grid, codes, config)
+    if gram is None:
+        grid = channel_grid(weight, config.rate)
+        return _compressed(grid, grid.codes(weight), config)
+    if config.columns and config.rate is not None:
+        rows = None if use is None or not config.use else use.float() ** -config.use
+        grid = column_grid(weight, gram, config.rate, config.damp, rows)
+    else:
+        grid = channel_grid(weight, config.rate)
+    codes = error_feedback(weight, gram, grid, config.damp)
+    return _compressed(grid if config.rate is None else rescaled(grid, weight, codes, gram), codes, config)
 
 
 def _compressed(grid: Grid, codes: Tensor, config: CodesConfig) -> Compressed:
     return Compressed(
         kind="codes",
-        args={"activations": config.activations},
-        tensors={"codes": codes.T.to(torch.int8).contiguous(), "scale": grid.scale[:, 0].contiguous()},
+        args={"activations": config.activations} | ({"columns": True} if grid.columns is not None else {}),
+        tensors={"codes": codes.T.to(torch.int8).contiguous(), "scale": grid.scale[:, 0].contiguous()}
+        | ({"columns": grid.columns.contiguous()} if grid.columns is not None else {}),
         approximation=grid.values(codes),
         rate=rate_of(codes),
     )
@@ -87,7 +102,7 @@ ERROR_FEEDBACK = Technique(
     config=CodesConfig,
     layer=feedback,
     stage=Stage.QUANTIZE,
-    needs=("gram",),
+    needs=("gram", "use"),
     paper="GPTQ, Frantar et al. 2023, arXiv 2210.17323, algorithm 1",
     summary="integer codes, one scale per channel, rounding errors made good by the columns not yet rounded",
 )

@@ -9,6 +9,7 @@ import pytest
 from packlight.errors import DataError, RuntimeMissing
 from packlight.metrics import (
     Paired,
+    chinese_digits,
     error_counts,
     metric_name,
     normalize,
@@ -111,8 +112,58 @@ def test_error_counts_agree_with_jiwer() -> None:
 
 
 def test_chinese_error_rate_counts_characters_after_simplifying() -> None:
-    edits, characters = error_counts(normalize("设定二十九度", "zh"), normalize("設定，二十八度。", "zh"))
-    assert (edits, characters) == (1, 6)
+    edits, characters = error_counts(normalize("设定温度", "zh"), normalize("設定，湿度。", "zh"))
+    assert (edits, characters) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("said", "written"),
+    [
+        ("二十九度", "29度"),
+        ("设定二十九度", "設定29度。"),
+        ("二零二三年", "2023年"),
+        ("两千零二十三个", "2023個"),
+        ("一万五", "15000"),
+        ("三万五千", "3万5千"),
+        ("三百零五", "305"),
+        ("一千零一夜", "1001夜"),
+        ("十五", "１５"),
+        ("百分之三十", "30%"),
+        ("三点一四", "3.14"),
+        ("三点二十分", "3点20分"),
+        ("一点五亿", "1.5亿"),
+        ("一亿两千万", "120000000"),
+        ("十万", "100000"),
+        ("幺三八零零", "13800"),
+    ],
+)
+def test_chinese_numerals_count_the_same_however_they_are_written(said: str, written: str) -> None:
+    assert normalize(said, "zh") == normalize(written, "zh")
+    assert normalize(said, "ja") != normalize(written, "ja")  # only Chinese is read so
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("百货千万", "百货千万"),
+        ("三四百人", "34百人"),
+        ("统一", "统1"),
+        ("007", "007"),
+        ("2万5", "25000"),
+        ("三百五", "350"),
+        ("abc 12.5", "abc 12.5"),
+        ("万一", "万1"),
+        ("1.23456万", "12345.6"),
+    ],
+)
+def test_chinese_digits_keep_what_is_no_number(text: str, expected: str) -> None:
+    assert chinese_digits(text) == expected
+
+
+def test_metric_of_several_languages_says_both() -> None:
+    assert metric_name("en", "de") == "WER"
+    assert metric_name("zh", "ja") == "CER"
+    assert metric_name("en", "zh") == "WER/CER"
 
 
 def test_word_error_rate_is_that_of_the_corpus_not_the_mean_of_rates() -> None:
@@ -269,5 +320,7 @@ def test_missing_packages_are_named_with_the_line_that_installs_them(
 
     metrics._normalizer.cache_clear()
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(RuntimeMissing, match=rf"needs the package {package}.*pip install 'packlight\[fit\]'"):
+    with pytest.raises(
+        RuntimeMissing, match=rf"needs the package {package}.*pip install jiwer whisper-normalizer zhconv"
+    ):
         call()

@@ -4,7 +4,9 @@ Needs numpy, soundfile and soxr. Everything is done block by block, so an hour o
 its result and little more.
 """
 
+import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,16 +75,23 @@ def _opened(path: Path) -> Iterator[Any]:
     """The file as a `soundfile.SoundFile` with a sane header; what libsndfile raises becomes DataError."""
     import soundfile
 
-    if path.is_dir():
-        raise DataError(f"{path} is a folder, not an audio file. Name a file in it.")
-    if not path.exists():
-        raise DataError(f"There is no audio file {path}. Check the path.")
     try:
-        with soundfile.SoundFile(path) as sound:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise DataError(f"There is no audio file {path}. Check the path.") from None
+    except (OSError, ValueError) as error:  # no permission, a loop of links, a name that no file can have
+        raise DataError(f"{path} can't be opened ({getattr(error, 'strerror', error)}). Check the path.") from None
+    if stat.S_ISDIR(mode):
+        raise DataError(f"{path} is a folder, not an audio file. Name a file in it.")
+    try:
+        # Names are bytes to Linux, and need not be UTF-8; soundfile would refuse to encode those that are not.
+        with soundfile.SoundFile(path if os.name == "nt" else os.fsencode(path)) as sound:
             _check_header(path, sound)
             yield sound
     except soundfile.LibsndfileError as error:
         reason = error.error_string.removeprefix("Error : ").rstrip(". ")
+        if "not a regular file" in reason:  # what libsndfile says of an .mp3 that is none
+            reason = "Format not recognised"
         raise DataError(
             f"{path} can't be read as audio ({reason}). If it plays elsewhere, convert it to WAV or FLAC; "
             f"else replace it."

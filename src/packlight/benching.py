@@ -7,33 +7,47 @@ from typing import Any
 
 import numpy as np
 
+from packlight.audio import read_audio
 from packlight.bundle import is_bundle
 from packlight.data import read_dataset
-from packlight.evaluate import TIMED, answers, spread, threads_or_all, time_pair
+from packlight.evaluate import TIMED, Asked, rate, spread, threads_or_all, time_pair
 from packlight.measure import machine, measure
 from packlight.serve import open_served
 from packlight.target import format_bytes, format_seconds
 
 Progress = Callable[[str, int, int], None]
+Reply = Callable[[Any], tuple[list[int], str | None]]
 
 
 def bench_bundle(
-    bundle: Path, data: Path | None, against: str | None, threads: int, progress: Progress | None = None
+    bundle: Path, data: Path | None, against: str | None, asked: Asked, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Load time, peak memory and seconds per sample of a bundle, each in a process of its own; see `bench`."""
-    threads = threads_or_all(threads)
-    served = open_served(bundle, threads)
-    with tempfile.TemporaryDirectory() as folder:
-        if data is None:
-            import soundfile
+    """Time a bundle, alone or against a model that is asked the same.
 
-            noise = 0.01 * np.random.default_rng(0).standard_normal(160_000)
-            soundfile.write(Path(folder) / "noise.wav", noise, 16_000)
-            data = Path(folder)
-        dataset = read_dataset(data)
+    Args:
+        bundle: its folder.
+        data: samples to time on; None is ten seconds of noise.
+        against: a model's folder or hub id.
+        asked: language and task; what it leaves open is as in the bundle, for the model too.
+        progress: called with (what, done, total).
+
+    Returns:
+        'bundle' and 'against' as `packlight.measure.measure` gives them, with 'size' in bytes; 'pair' as
+        `packlight.evaluate.time_pair` gives it; 'threads', 'machine'.
+
+    Raises:
+        PacklightError: no bundle, no model, or no samples there.
+    """
+    threads = threads_or_all(asked.threads)
+    served = open_served(bundle, threads)
+    own = served.bundle.manifest["serving"]
+    language, task = asked.language or own["language"], asked.task or own["task"]
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = read_dataset(data or _noise(Path(folder)))
         files = [str(s.path.resolve()) for s in spread(dataset, 3)]
         found: dict[str, Any] = {
-            "bundle": measure("bundle", str(bundle.resolve()), files, threads) | {"size": served.bundle.size}
+            "bundle": measure("bundle", str(bundle.resolve()), files, threads, language, task)
+            | {"size": served.bundle.size}
         }
         if against:
             import torch
@@ -41,15 +55,27 @@ def bench_bundle(
             from packlight.loading import load
 
             torch.set_num_threads(threads)
-            model = load(against)
-            found["against"] = measure("model", model.source.path, files, threads) | {"size": model.source.bytes}
+            trust = asked.trust_remote_code
+            model = load(against, trust_remote_code=trust)
+            family = model.family
+            family.prompt(model.settings, language, task)  # raises for a language or task that it does not know
+            found["against"] = measure("model", model.source.path, files, threads, language, task, trust)
+            found["against"]["size"] = model.source.bytes
             found["pair"] = time_pair(
                 spread(dataset, TIMED),
-                lambda audio: model.family.answer(model.module, audio, model.settings, None, "transcribe"),
-                lambda audio: list(served.answer(audio).tokens),
+                lambda audio: family.answer(model.module, audio, model.settings, language, task),
+                lambda audio: list(served.answer(audio, language, task).tokens),
                 progress,
             )
-    return found | {"threads": threads, "machine": machine()}
+    return found | {"threads": threads, "machine": machine(), "language": language, "task": task}
+
+
+def _noise(folder: Path) -> Path:
+    import soundfile
+
+    noise = 0.01 * np.random.default_rng(0).standard_normal(160_000)
+    soundfile.write(folder / "noise.wav", noise, 16_000)
+    return folder
 
 
 def bench_text(found: dict[str, Any]) -> str:
@@ -72,54 +98,57 @@ def bench_text(found: dict[str, Any]) -> str:
     return "\n".join([*lines, f"{found['threads']} threads, {found['machine']}"])
 
 
-def evaluate_one(
-    name: str,
-    data: Path,
-    language: str | None,
-    task: str,
-    threads: int,
-    trust: bool,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """The metric of a model or bundle with a bootstrap interval over samples."""
-    from packlight.metrics import error_counts, metric_name, normalize, word_error_rate
+def evaluate_one(name: str, data: Path, asked: Asked, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure the task's metric of a model or bundle.
 
+    Args:
+        name: a bundle's folder, or a model's folder or hub id.
+        data: samples with transcripts.
+        asked: without a language, each sample is scored in the one that the model hears in it.
+        progress: called with (what, done, total).
+
+    Returns:
+        what `packlight.evaluate.rate` gives, and 'seconds' of audio.
+
+    Raises:
+        PacklightError: no model, no bundle or no samples there, or none with words.
+    """
     dataset = read_dataset(data, need_text=True)
-    answer: Callable[[Any], list[int]]
-    decode: Callable[[Any], str]
-    if is_bundle(Path(name)):
-        served = open_served(Path(name), threads)
-        decode = served.decode
+    reply, decode = _of_bundle(name, asked) if is_bundle(Path(name)) else _of_model(name, asked)
+    texts, spoken = [], []
+    for i, sample in enumerate(dataset.samples):
+        ids, language = reply(read_audio(sample.path))
+        texts.append(decode(ids))
+        spoken.append(language)
+        if progress:
+            progress("answering", i + 1, dataset.n)
+    return rate(dataset, texts, [language or "en" for language in spoken]) | {"seconds": dataset.seconds}
 
-        def answer(audio: Any) -> list[int]:
-            return list(served.answer(audio, language, task).tokens)
-    else:
-        import torch
-        from tokenizers import Tokenizer
 
-        from packlight.loading import load
+def _of_bundle(name: str, asked: Asked) -> tuple[Reply, Callable[[Any], str]]:
+    served = open_served(Path(name), asked.threads)
 
-        torch.set_num_threads(threads_or_all(threads))
-        model = load(name, trust_remote_code=trust)
-        tokenizer = Tokenizer.from_str(model.tokenizer)
+    def reply(audio: Any) -> tuple[list[int], str | None]:
+        said = served.answer(audio, asked.language, asked.task)
+        return list(said.tokens), said.language
 
-        def decode(ids: Any) -> str:
-            return str(tokenizer.decode(list(ids)))
+    return reply, served.decode
 
-        def answer(audio: Any) -> list[int]:
-            return model.family.answer(model.module, audio, model.settings, language, task)
 
-    said = answers(dataset, answer, None, "answering", progress)
-    edits, words = [], []
-    for sample, ids in zip(dataset.samples, said, strict=True):
-        reference = normalize(sample.text or "", language or "en")
-        wrong, count = error_counts(reference.split(), normalize(decode(ids), language or "en").split())
-        edits.append(wrong)
-        words.append(count)
-    picks = np.random.default_rng(0).integers(0, dataset.n, (10_000, dataset.n))
-    rates = np.array(edits)[picks].sum(1) / np.maximum(np.array(words)[picks].sum(1), 1)
-    low, high = np.percentile(rates, [2.5, 97.5])
-    return {
-        "metric": metric_name(language or "en"), "value": word_error_rate(edits, words), "low": float(low),
-        "high": float(high), "n": dataset.n, "seconds": dataset.seconds,
-    }  # fmt: skip
+def _of_model(name: str, asked: Asked) -> tuple[Reply, Callable[[Any], str]]:
+    import torch
+    from tokenizers import Tokenizer
+
+    from packlight.loading import load
+
+    torch.set_num_threads(threads_or_all(asked.threads))
+    model = load(name, trust_remote_code=asked.trust_remote_code)
+    family, task = model.family, asked.task or "transcribe"
+    family.prompt(model.settings, asked.language, task)  # raises for a language or task that it does not know
+    tokenizer = Tokenizer.from_str(model.tokenizer)
+
+    def reply(audio: Any) -> tuple[list[int], str | None]:
+        language = asked.language or family.detect_language(model.module, audio, model.settings)
+        return family.answer(model.module, audio, model.settings, language, task), language
+
+    return reply, lambda ids: str(tokenizer.decode(list(ids)))

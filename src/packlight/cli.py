@@ -1,7 +1,11 @@
 """The command line: parse, call, print. Everything it does can be done from Python with the same names."""
 
+import errno
+import inspect as signatures
 import json
+import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -11,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from packlight import __version__
-from packlight.errors import DataError, PacklightError, RuntimeMissing
+from packlight.errors import DataError, PacklightError
 from packlight.target import Target, format_bytes, format_seconds, parse_bytes, parse_drop, parse_seconds
 
 app = typer.Typer(
@@ -21,47 +25,107 @@ app = typer.Typer(
     help="Fit a multimodal model to the device it must run on: size, speed, quality, measured in the runtime that ships.",
 )
 
+# readable=False: what can't be read is our sentence, not typer's.
+Folder = Annotated[Path, typer.Argument(readable=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Data = Annotated[Path, typer.Option("--data", help="Folder or .jsonl manifest with samples and transcripts.")]
-Calibration = Annotated[Path | None, typer.Option(help="Calibration samples; without it --data is divided.")]
+Data = Annotated[
+    Path, typer.Option("--data", readable=False, help="Folder or .jsonl manifest with samples and transcripts.")
+]
+Calibration = Annotated[
+    Path | None, typer.Option(readable=False, help="Calibration samples; without it --data is divided.")
+]
 Threads = Annotated[int, typer.Option(min=0, help="Threads; 0 for all cores.")]
 Language = Annotated[str | None, typer.Option(help="Language code of a multilingual model; else it is detected.")]
-Task = Annotated[str, typer.Option(help="transcribe or translate.")]
+Task = Annotated[str | None, typer.Option(help="transcribe or translate.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Accept Python code that the model brings.")]
+
+_FITTING = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "huggingface_hub")
+_ADVICE = {
+    errno.ENOSPC: "Make room, or choose another disk.",
+    errno.EDQUOT: "Make room, or choose another disk.",
+    errno.EFBIG: "Files of that size are not allowed here: raise the limit, or choose another disk.",
+    errno.EACCES: "Check its permissions, or name another.",
+    errno.EPERM: "Check its permissions, or name another.",
+    errno.EROFS: "Nothing can be written there: choose another folder.",
+}
+
+
+class _Stopped(BaseException):
+    """Ctrl-C. Not KeyboardInterrupt, which typer would answer by itself, without a word."""
 
 
 def main() -> None:
-    """Entry point: an error of ours is one sentence on stderr and exit status 2."""
+    """Entry point: an error that the user can mend is one sentence on stderr and exit status 2; Ctrl-C gives 130."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         app()
-    except PacklightError as error:
-        typer.echo(f"packlight: {error}", err=True)
-        sys.exit(2)
-    except OSError as error:
-        import errno
-
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        typer.echo(
-            f"packlight: {error.filename or 'the disk'}: {error.strerror}. Make room or choose another folder.",
-            err=True,
-        )
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in (
-            "torch",
-            "transformers",
-            "onnx",
-            "onnxscript",
-            "onnx_ir",
-            "huggingface_hub",
-        ):
-            raise
-        typer.echo(f"packlight: this needs {error.name}: pip install 'packlight[fit]'", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("packlight: stopped; the same command goes on from here.", err=True)
+    except _Stopped:
+        typer.echo(f"\npacklight: stopped.{_goes_on()}", err=True)
         sys.exit(130)
+    except Exception as error:
+        sentence = _sentence(error)
+        if not sentence:
+            raise
+        typer.echo(f"packlight: {sentence}", err=True)
+        sys.exit(2)
+
+
+def _stop(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough: what ends now ends in order
+    raise _Stopped
+
+
+def _goes_on() -> str:
+    return (
+        " What is finished is kept: the same command goes on from here."
+        if sys.argv[1:2] in (["fit"], ["apply"])
+        else ""
+    )
+
+
+def _sentence(error: Exception) -> str:
+    """What to tell the user about an error, or '' when only a traceback helps."""
+    if isinstance(error, PacklightError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _FITTING:
+        return f"this needs {error.name}: pip install 'packlight[fit]'"
+    # safetensors writes with Rust, whose message has the number of the system's error in it.
+    rust = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    number = int(rust[1]) if rust else error.errno if isinstance(error, OSError) else None
+    if number is None:
+        return ""
+    import os
+
+    where = getattr(error, "filename", None) or "a file of the results"
+    return f"{where}: {os.strerror(number)}. {_ADVICE.get(number, 'Check the path.')}{_goes_on()}"
+
+
+def _asking(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that say how a model is asked, which reach it as one `asked`."""
+    options = (("language", Language, None), ("task", Task, None), ("threads", Threads, 0),
+               ("trust_remote_code", Trust, False), ("as_json", Json, False))  # fmt: skip
+    shared = [
+        signatures.Parameter(name, signatures.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, kind, default in options
+    ]
+    own = [p for p in signatures.signature(command).parameters.values() if p.name not in ("asked", "as_json")]
+
+    def run(**values: Any) -> None:
+        from packlight.evaluate import Asked
+
+        as_json = values.pop("as_json")
+        asked = Asked(**{p.name: values.pop(p.name) for p in shared if p.name != "as_json"})
+        command(asked=asked, as_json=as_json, **values)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    signature = signatures.Signature([*own, *shared])
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return run
 
 
 def _version(show: bool) -> None:
@@ -134,6 +198,7 @@ def inspect(
 
 
 @app.command()
+@_asking
 def fit(
     model: str,
     data: Data,
@@ -145,12 +210,10 @@ def fit(
     max_memory: Annotated[str | None, typer.Option(help="Peak memory of a process, e.g. 250MB.")] = None,
     device: Annotated[str, typer.Option(help="local, two-core, pi4, pi5 or phone.")] = "local",
     strict: Annotated[bool, typer.Option("--strict", help="The interval's upper end must keep the drop too.")] = False,
-    language: Language = None,
-    task: Task = "transcribe",
-    threads: Threads = 0,
-    seed: int = 0,
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    *,
+    asked: Any,
+    as_json: bool,
 ) -> None:
     """Fit a model to a target, prove it, and write a bundle. Exit status 0: met; 3: not; 2: wrong input."""
     drop, relative = parse_drop(max_drop) if max_drop else (None, None)
@@ -164,78 +227,43 @@ def fit(
         strict=strict,
     )
     _quiet_libraries()
-    from packlight.applying import Options
     from packlight.fitting import fit as run
+    from packlight.verdict import verdict_text
 
-    command = "packlight " + shlex.join(sys.argv[1:])
-    options = Options(calibration, language, task, threads, seed, trust_remote_code, command)
-    found = run(model, data, target, out, options, _bar(as_json))
+    found = run(model, data, target, out, _options(asked, calibration, seed), _bar(as_json))
     _say(found.result, as_json, verdict_text(found.result, out))
     raise typer.Exit(0 if found.met else 3)
 
 
-def verdict_text(result: dict[str, Any], out: Path) -> str:
-    """The verdict, the table, and where to look."""
-    before, after, ratios = result["before"], result["after"], result["ratios"]
-    metric, target = result["metric"], result["target"]
-    how = result["timing"]
-    limit = {k: f"<= {f(target[k])}" if target[k] else "" for k, f in
-             (("size", format_bytes), ("latency", format_seconds), ("memory", format_bytes))}  # fmt: skip
-    drop = f"<= +{100 * target['drop']:.1f} pp" if target["drop"] is not None else (
-        f"<= {100 * target['drop_relative']:.1f} %" if target["drop_relative"] is not None else "")  # fmt: skip
-    lines = [
-        result["verdict"]["headline"],
-        f"{'':13}{'original':>12}{'bundle':>12}{'ratio':>10}   target",
-        f"{'size':13}{format_bytes(before['size']):>12}{format_bytes(after['size']):>12}{ratios['size']:>9.1f}x   {limit['size']}",
-        f"{metric['name']:13}{metric['before']:>11.1%} {metric['after']:>11.1%}{100 * metric['difference']:>+7.2f} pp   {drop}"
-        f"   95 % interval [{100 * metric['low']:+.2f}, {100 * metric['high']:+.2f}], n = {metric['n']}, paired",
-        f"{'latency':13}{format_seconds(before['latency']):>12}{format_seconds(after['latency']):>12}{ratios['latency']:>9.2f}x   "
-        f"{limit['latency']}   ratio of sums [{ratios['latency_low']:.2f}, {ratios['latency_high']:.2f}], median of "
-        f"{how['samples']}, {how['threads']} threads, {after['runtime']}",
-        f"{'memory':13}{format_bytes(before['memory']):>12}{format_bytes(after['memory']):>12}{ratios['memory']:>9.1f}x   {limit['memory']}",
-        f"{'load':13}{format_seconds(before['load']):>12}{format_seconds(after['load']):>12}{ratios['load']:>9.1f}x",
-        f"{'energy':13}" + (f"{before['energy']:>10.1f} J{after['energy']:>10.1f} J" if after["energy"] and before["energy"] else
-                            "not measured: this machine reports none"),
-        f"{'tokens':13}{metric['token_agreement']:.1%} as the original's, {metric['identical']:.0%} of transcripts the same",
-        f"{'plan':13}{result['plan']['name']}: " + "; ".join(
-            f"{p['name']} {p['rate']:.2f} b" for p in result["parts"] if p["rate"] is not None),
-    ]  # fmt: skip
-    lines += [f"{'':13}{result['verdict']['sentence']}"]
-    if result["verdict"]["nearest"]:
-        lines += [
-            f"{'binds':13}{result['verdict']['binding']}",
-            f"{'apply':13}packlight apply MODEL {out / 'plan.json'} --data DIR -o OUT2",
-        ]
-    lines += [
-        f"{'bundle':13}{out / 'bundle'}   packlight run {out / 'bundle'} speech.wav",
-        f"{'report':13}{out / 'report.html'}",
-    ]
-    return "\n".join(lines)
+def _options(asked: Any, calibration: Path | None, seed: int) -> Any:
+    """What `fit` and `apply` are told, with the command line for the report."""
+    from packlight.applying import Options
+
+    command = "packlight " + shlex.join(sys.argv[1:])
+    task = asked.task or "transcribe"
+    return Options(calibration, asked.language, task, asked.threads, seed, asked.trust_remote_code, command)
 
 
 @app.command()
+@_asking
 def apply(
     model: str,
-    plan: Path,
+    plan: Annotated[Path, typer.Argument(readable=False)],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder that gets bundle/.")],
-    data: Annotated[Path | None, typer.Option(help="The samples that the fit was given.")] = None,
+    data: Annotated[Path | None, typer.Option(readable=False, help="The samples that the fit was given.")] = None,
     calibration: Calibration = None,
-    language: Language = None,
-    task: Task = "transcribe",
-    threads: Threads = 0,
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
+    *,
+    asked: Any,
+    as_json: bool,
 ) -> None:
     """Run a plan: repeat a fit exactly, or a plan written by hand."""
     from packlight.plan import read_plan
 
     steps = read_plan(plan)
     _quiet_libraries()
-    from packlight.applying import Options
     from packlight.applying import apply as run
 
-    options = Options(calibration, language, task, threads, steps.seed, trust_remote_code)
-    bundle = run(model, steps, data, out, options, _bar(as_json))
+    bundle = run(model, steps, data, out, _options(asked, calibration, steps.seed), _bar(as_json))
     from packlight.bundle import open_bundle
 
     size = open_bundle(bundle).size
@@ -244,10 +272,12 @@ def apply(
 
 @app.command()
 def run(
-    bundle: Path,
-    inputs: Annotated[list[Path], typer.Argument(help="Audio files: FLAC, WAV, OGG or MP3 of any rate and length.")],
+    bundle: Folder,
+    inputs: Annotated[
+        list[Path], typer.Argument(readable=False, help="Audio files: FLAC, WAV, OGG or MP3 of any rate and length.")
+    ],
     language: Language = None,
-    task: Annotated[str | None, typer.Option(help="transcribe or translate.")] = None,
+    task: Task = None,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
@@ -275,7 +305,7 @@ def run(
 
 
 @app.command()
-def verify(bundle: Path, as_json: Json = False) -> None:
+def verify(bundle: Folder, as_json: Json = False) -> None:
     """Check a bundle: every file's sha256, and that its graphs load and answer."""
     import numpy as np
 
@@ -296,31 +326,32 @@ def verify(bundle: Path, as_json: Json = False) -> None:
 
 
 @app.command()
+@_asking
 def bench(
-    bundle: Path,
-    data: Annotated[Path | None, typer.Option(help="Samples to time on; else 10 s of noise.")] = None,
+    bundle: Folder,
+    data: Annotated[Path | None, typer.Option(readable=False, help="Samples to time on; else 10 s of noise.")] = None,
     against: Annotated[str | None, typer.Option(help="A model to time in the same run, sample by sample.")] = None,
-    threads: Threads = 0,
-    as_json: Json = False,
+    *,
+    asked: Any,
+    as_json: bool,
 ) -> None:
     """Seconds, memory and load time of a bundle, alone or against a model in one interleaved run."""
     from packlight.benching import bench_bundle, bench_text
 
     if against:
         _quiet_libraries()
-    found = bench_bundle(bundle, data, against, threads, _bar(as_json))
+    found = bench_bundle(bundle, data, against, asked, _bar(as_json))
     _say(found, as_json, bench_text(found))
 
 
 @app.command("eval")
+@_asking
 def evaluate(
     model_or_bundle: str,
     data: Data,
-    language: Language = None,
-    task: Task = "transcribe",
-    threads: Threads = 0,
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
+    *,
+    asked: Any,
+    as_json: bool,
 ) -> None:
     """The task's metric of a model or a bundle on your samples, with a 95 % interval."""
     from packlight.bundle import is_bundle
@@ -329,8 +360,12 @@ def evaluate(
         _quiet_libraries()
     from packlight.benching import evaluate_one
 
-    found = evaluate_one(model_or_bundle, data, language, task, threads, trust_remote_code, _bar(as_json))
-    text = f"{found['metric']} {found['value']:.2%}   95 % interval [{found['low']:.2%}, {found['high']:.2%}], n = {found['n']}"
+    found = evaluate_one(model_or_bundle, data, asked, _bar(as_json))
+    spoken = ", ".join(f"{code} {n}" for code, n in found["languages"].items())
+    text = (
+        f"{found['metric']} {found['value']:.2%}   95 % interval [{found['low']:.2%}, {found['high']:.2%}], "
+        f"n = {found['n']}, scored as {spoken}"
+    )
     _say(found, as_json, text)
 
 
@@ -346,6 +381,3 @@ def report(out: Path, as_json: Json = False) -> None:
         raise DataError(f"{file} can't be read ({error}). `packlight fit` writes it.") from None
     write_report(result, out / "report.html")
     _say({"report": str(out / "report.html")}, as_json, str(out / "report.html"))
-
-
-__all__ = ["RuntimeMissing", "app", "main"]

@@ -29,8 +29,7 @@ _TABLE_FILES = ("state.json", "dataset_info.json")
 _FILE_KEYS = ("file_name", "audio", "path", "audio_filepath")
 _TEXT_KEYS = ("text", "transcription", "sentence")
 _LAYOUTS = (
-    "a folder with audio files and metadata.jsonl, a .jsonl manifest, a folder that datasets saved, or a "
-    "folder of audio files"
+    "a folder with audio files and metadata.jsonl, a .jsonl manifest, a datasets folder, or a folder of audio files"
 )
 
 
@@ -122,7 +121,7 @@ def read_dataset(source: Path, *, need_text: bool = False) -> Dataset:
         if root.suffix.lower() not in (".jsonl", ".json"):
             raise DataError(f"{source} is a file, but no .jsonl manifest. Give {_LAYOUTS}.")
         entries = list(_listed(root, root.name, None, problems))
-    elif stat.S_ISDIR(_mode(root)):
+    elif _is_file(root, stat.S_IFDIR):
         entries = _from_folder(root, problems)
     else:
         raise DataError(f"There is no data at {source}. Give {_LAYOUTS}.")
@@ -132,14 +131,20 @@ def read_dataset(source: Path, *, need_text: bool = False) -> Dataset:
         raise DataError(_printable(f"{source} can't be used. {kinds} Correct these, or take them out."))
     if not samples:
         raise DataError(f"There is no audio in {source}. Give {_LAYOUTS}.")
-    lacking = [s.id for s in samples if s.text is None]
-    if need_text and lacking:
-        raise DataError(
-            f"{source}: {len(lacking)} of {len(samples)} samples have no transcript ({_some(lacking)}), "
-            f"and quality is measured against transcripts. Give each its 'text' in "
-            f"metadata.jsonl, or use other samples."
-        )
+    if need_text:
+        _check_texts(source, samples)
     return Dataset(str(source), samples)
+
+
+def _check_texts(source: Path, samples: Sequence[Sample]) -> None:
+    lacking = [s.id for s in samples if s.text is None]
+    if lacking:
+        raise DataError(
+            f"{source}: {len(lacking)} of {len(samples)} samples have no transcript ({_some(lacking)}), and quality is "
+            f"measured against transcripts. Give each its 'text' in metadata.jsonl, or use other samples."
+        )
+    if not any((s.text or "").strip() for s in samples):
+        raise DataError(f"{source}: all transcripts are empty, so there are no words to score. Add some speech.")
 
 
 def split(dataset: Dataset, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -290,9 +295,7 @@ def _from_tables(folder: Path, problems: _Problems) -> list[_Entry]:
     try:
         import datasets
     except ImportError:
-        raise DataError(
-            f"{folder} needs the package datasets, which saved it. Install it: pip install datasets"
-        ) from None
+        raise DataError(f"{folder} needs the package that saved it. Install it: pip install datasets") from None
     try:
         loaded = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -378,15 +381,11 @@ def _text(path: Path) -> str:
         raise DataError(f"{path} can't be read ({error.strerror}). Check its permissions.") from None
 
 
-def _mode(path: Path) -> int:
+def _is_file(path: Path, kind: int = stat.S_IFREG) -> bool:
     try:
-        return path.stat().st_mode
+        return stat.S_IFMT(path.stat().st_mode) == kind
     except (OSError, ValueError):  # missing, a loop of links, a name longer than the file system allows
-        return 0
-
-
-def _is_file(path: Path) -> bool:
-    return stat.S_ISREG(_mode(path))
+        return False
 
 
 def _some(cases: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,7 @@ import numpy as np
 from packlight.audio import read_audio
 from packlight.data import Dataset, Sample
 from packlight.errors import DataError
-from packlight.metrics import (
-    error_counts,
-    metric_name,
-    normalize,
-    paired_bootstrap,
-    token_agreement,
-    word_error_rate,
-)
+from packlight.metrics import Paired, error_counts, metric_name, normalize, paired_bootstrap, token_agreement
 from packlight.plan import append_line, read_lines
 
 Progress = Callable[[str, int, int], None]
@@ -30,33 +24,86 @@ _WARMUP = 1
 
 
 @dataclass(frozen=True)
-class Quality:
-    """The metric before and after on the same samples; errors are 0..1, lower is better."""
+class Asked:
+    """How a model or bundle is asked to answer.
+
+    Args:
+        language: code of a multilingual model; None lets it detect the language of each sample.
+        task: 'transcribe' or 'translate'; None is the bundle's own task, and 'transcribe' for a model.
+        threads: 0 for all cores.
+        trust_remote_code: see `packlight.load`.
+    """
+
+    language: str | None = None
+    task: str | None = None
+    threads: int = 0
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Quality(Paired):
+    """The metric before and after on the same samples, and what else they share.
+
+    Args:
+        name: of the metric, whose errors are 0..1, lower is better.
+        token_agreement: see `packlight.metrics.token_agreement`.
+        identical: share of the samples whose normalised text is the same.
+        languages: code -> number of samples scored in it.
+    """
 
     name: str
-    before: float
-    after: float
-    difference: float
-    low: float
-    high: float
-    n: int
-    level: float
-    resamples: int
     token_agreement: float
     identical: float
+    languages: dict[str, int]
 
 
 def answers(
     dataset: Dataset, answer: Answer, kept: Path | None, what: str, progress: Progress | None = None
 ) -> list[list[int]]:
     """Token ids for every sample, in order; those in `kept` (JSON lines) are not made again."""
-    done = {v["sha256"]: v["tokens"] for v in read_lines(kept)} if kept else {}
+
+    def tokens(audio: np.ndarray) -> list[int]:
+        return [int(t) for t in answer(audio)]
+
+    return _each(dataset, tokens, kept, "tokens", what, progress)
+
+
+def languages(
+    dataset: Dataset,
+    detect: Callable[[np.ndarray], str | None],
+    given: str | None,
+    kept: Path | None,
+    progress: Progress | None = None,
+) -> list[str]:
+    """The language each sample is scored in: the given one, else what the model hears in it.
+
+    Args:
+        dataset: the samples.
+        detect: audio -> the model's own guess; None from a model of English only.
+        given: the language of all samples, if it is known.
+        kept: JSON lines of what is known already.
+        progress: called with (what, done, total).
+    """
+    if given:
+        return [given] * dataset.n
+    return [code or "en" for code in _each(dataset, detect, kept, "language", "detecting languages", progress)]
+
+
+def _each(
+    dataset: Dataset,
+    make: Callable[[np.ndarray], Any],
+    kept: Path | None,
+    key: str,
+    what: str,
+    progress: Progress | None,
+) -> list[Any]:
+    done = {v["sha256"]: v[key] for v in read_lines(kept)} if kept else {}
     result = []
     for i, sample in enumerate(dataset.samples):
         if sample.sha256 not in done:
-            done[sample.sha256] = [int(t) for t in answer(read_audio(sample.path))]
+            done[sample.sha256] = make(read_audio(sample.path))
             if kept:
-                append_line(kept, {"id": sample.id, "sha256": sample.sha256, "tokens": done[sample.sha256]})
+                append_line(kept, {"id": sample.id, "sha256": sample.sha256, key: done[sample.sha256]})
         result.append(done[sample.sha256])
         if progress:
             progress(what, i + 1, dataset.n)
@@ -68,44 +115,75 @@ def quality(
     before: Sequence[Sequence[int]],
     after: Sequence[Sequence[int]],
     decode: Callable[[Any], str],
-    language: str | None,
+    language: str | Sequence[str],
 ) -> tuple[Quality, list[dict[str, Any]]]:
     """Compare two sets of answers with what was said.
 
+    Args:
+        dataset: the samples, each with a transcript.
+        before: token ids of the original, per sample.
+        after: token ids of the bundle, per sample.
+        decode: token ids -> text.
+        language: of all samples, or of each.
+
     Returns:
-        the quality, and one row per sample: id, reference, before, after, errors of both, words; most harmed first.
+        the quality, and one row per sample: id, language, reference, before, after, errors of both, words; most
+        harmed first.
 
     Raises:
         DataError: a sample without a transcript, or no words at all.
     """
+    spoken = [language] * dataset.n if isinstance(language, str) else list(language)
     rows: list[dict[str, Any]] = []
-    for sample, old, new in zip(dataset.samples, before, after, strict=True):
-        if sample.text is None:
-            raise DataError(f"{sample.path} has no transcript, so errors can't be counted.")
-        reference = normalize(sample.text, language)
-        texts = [normalize(decode(ids), language) for ids in (old, new)]
-        counts = [error_counts(reference.split(), text.split()) for text in texts]
+    for sample, code, old, new in zip(dataset.samples, spoken, before, after, strict=True):
+        reference, (first, second) = _normalized(sample, code, [decode(old), decode(new)])
+        (old_errors, length), (new_errors, _) = error_counts(reference, first), error_counts(reference, second)
         rows.append(
-            {"id": sample.id, "reference": reference, "before": texts[0], "after": texts[1],
-             "before_errors": counts[0][0], "after_errors": counts[1][0], "words": counts[0][1]}
+            {"id": sample.id, "language": code, "reference": reference, "before": first, "after": second,
+             "before_errors": old_errors, "after_errors": new_errors, "words": length}
         )  # fmt: skip
-    words = [r["words"] for r in rows]
-    old_errors, new_errors = [r["before_errors"] for r in rows], [r["after_errors"] for r in rows]
-    paired = paired_bootstrap(old_errors, new_errors, words)
+    before_errors, after_errors, words = ([r[k] for r in rows] for k in ("before_errors", "after_errors", "words"))
+    paired = paired_bootstrap(before_errors, after_errors, words)
     found = Quality(
-        name=metric_name(language),
-        before=word_error_rate(old_errors, words),
-        after=word_error_rate(new_errors, words),
-        difference=paired.difference,
-        low=paired.low,
-        high=paired.high,
-        n=len(rows),
-        level=paired.level,
-        resamples=paired.resamples,
+        **vars(paired),
+        name=metric_name(*spoken),
         token_agreement=token_agreement(before, after),
         identical=sum(r["before"] == r["after"] for r in rows) / len(rows),
+        languages=dict(Counter(spoken)),
     )
     return found, sorted(rows, key=lambda r: r["before_errors"] - r["after_errors"])
+
+
+def rate(dataset: Dataset, said: Sequence[str], language: Sequence[str]) -> dict[str, Any]:
+    """The metric of one set of answers, with the 95 % interval of a bootstrap over samples.
+
+    Args:
+        dataset: the samples, each with a transcript.
+        said: text per sample.
+        language: of each sample.
+
+    Returns:
+        'metric', 'value', 'low', 'high', 'n', 'languages'.
+
+    Raises:
+        DataError: a sample without a transcript, or no words at all.
+    """
+    counts = []
+    for sample, text, code in zip(dataset.samples, said, language, strict=True):
+        reference, (heard,) = _normalized(sample, code, [text])
+        counts.append(error_counts(reference, heard))
+    edits, words = zip(*counts, strict=True)
+    found = paired_bootstrap([0] * len(edits), edits, words)  # against a system without errors
+    return {
+        "metric": metric_name(*language), "value": found.after, "low": found.low, "high": found.high, "n": found.n,
+        "languages": dict(Counter(language)),
+    }  # fmt: skip
+
+
+def _normalized(sample: Sample, language: str, texts: Sequence[str]) -> tuple[str, list[str]]:
+    if sample.text is None:
+        raise DataError(f"{sample.path} has no transcript, so errors can't be counted. Give it one.")
+    return normalize(sample.text, language), [normalize(text, language) for text in texts]
 
 
 def spread(dataset: Dataset, count: int) -> tuple[Sample, ...]:

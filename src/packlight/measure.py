@@ -17,9 +17,18 @@ from typing import Any
 from packlight.errors import PacklightError
 
 _RAPL = Path("/sys/class/powercap")
+_PATIENCE = 1800  # seconds after which the process is given up
 
 
-def measure(kind: str, name: str, recordings: Sequence[str], threads: int, timeout: float = 600) -> dict[str, Any]:
+def measure(
+    kind: str,
+    name: str,
+    recordings: Sequence[str],
+    threads: int,
+    language: str | None = None,
+    task: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Start that process and read what it says.
 
     Args:
@@ -27,20 +36,29 @@ def measure(kind: str, name: str, recordings: Sequence[str], threads: int, timeo
         name: its folder.
         recordings: audio files.
         threads: 0 for all cores.
-        timeout: seconds after which the process is given up.
+        language: of a multilingual model; None is the bundle's own, else it is detected.
+        task: None is the bundle's own, and 'transcribe' for a model.
+        trust_remote_code: see `packlight.load`.
 
     Returns:
         'load' seconds, 'memory' bytes at the peak, 'latency' seconds per recording (median), 'energy' joules per
         recording or None where the machine reports none.
 
     Raises:
-        PacklightError: the process failed; the message holds its last line.
+        PacklightError: the process failed or took too long; the message holds its last line.
     """
-    command = [sys.executable, "-m", "packlight.measure", kind, name, str(threads), *recordings]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    how = {"threads": threads, "language": language, "task": task, "trust_remote_code": trust_remote_code}
+    command = [sys.executable, "-m", "packlight.measure", kind, name, json.dumps(how), *recordings]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
+    except subprocess.TimeoutExpired:
+        raise PacklightError(f"Measuring {name} took more than {_PATIENCE} s. Use shorter recordings.") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it was killed, perhaps for lack of memory"]
-        raise PacklightError(f"The measuring process for {name} ended with status {done.returncode}: {lines[-1]}")
+        last = lines[-1]
+        if last.startswith("packlight.errors."):
+            raise PacklightError(last.partition(": ")[2])
+        raise PacklightError(f"The measuring process for {name} ended with status {done.returncode}: {last}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
@@ -79,27 +97,28 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def _answerer(kind: str, name: str, threads: int) -> Any:
+def _answerer(kind: str, name: str, how: dict[str, Any]) -> Any:
+    language, task, threads = how["language"], how["task"], how["threads"]
     if kind == "bundle":
         from packlight.serve import open_served
 
         served = open_served(Path(name), threads)
-        return served.answer
+        return lambda audio: served.answer(audio, language, task)
     import torch
 
     from packlight.loading import load
 
     torch.set_num_threads(threads or (os.cpu_count() or 1))
-    model = load(name)
-    return lambda audio: model.family.answer(model.module, audio, model.settings, None, "transcribe")
+    model = load(name, trust_remote_code=how["trust_remote_code"])
+    return lambda audio: model.family.answer(model.module, audio, model.settings, language, task or "transcribe")
 
 
 def _main(arguments: list[str]) -> None:
     from packlight.audio import read_audio
 
-    kind, name, threads, *recordings = arguments
+    kind, name, how, *recordings = arguments
     start = time.perf_counter()
-    answer = _answerer(kind, name, int(threads))
+    answer = _answerer(kind, name, json.loads(how))
     load = time.perf_counter() - start
     audios = [read_audio(Path(r)) for r in recordings]
     if audios:

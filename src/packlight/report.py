@@ -230,7 +230,7 @@ def _plan(result: dict[str, Any], w: Words) -> str:
     plan = group(result.get("plan"))
     lines = []
     for step in rows(plan.get("steps")):
-        config = "".join(code(f"{k} = {_value(v)}") for k, v in group(step.get("config")).items())
+        config = "".join(code(f"{k} = {_value(v)}") for k, v in group(step.get("config")).items() if v is not None)
         scope = step.get("scope")
         paths = "".join(code(text(path)) for path in scope) if isinstance(scope, list) else code(text(scope))
         reason = escape(text(step.get("reason")))
@@ -244,7 +244,7 @@ def _value(value: Any) -> str:
         return ", ".join(map(_value, value))
     if isinstance(value, dict):
         return ", ".join(f"{k}: {_value(v)}" for k, v in value.items())
-    return text(value) if value is not None else "–"
+    return text(value)
 
 
 def _tries(result: dict[str, Any], w: Words) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from packlight.report_text import Words, named, number, percent, ratio, small, superscript, text
 from packlight.target import format_bytes
 
+_LEVELS = 88  # pixels for the names of levels
 COLOURS = 8  # the style sheet has c0 to c7
 
 
@@ -78,8 +79,8 @@ def at_log(value: float, span: tuple[float, float]) -> float:
 
 
 def power_of_ten(exponent: int) -> str:
-    """0.001 for -3; below 0.0001 as 10⁻⁵."""
-    return f"{10.0**exponent:g}" if -4 <= exponent <= 4 else f"10{superscript(exponent)}"
+    """0.001 for -3; below it 10⁻⁴, which is shorter."""
+    return f"{10.0**exponent:g}" if -3 <= exponent <= 4 else f"10{superscript(exponent)}"
 
 
 def colours(names: Sequence[str]) -> dict[str, int]:
@@ -119,7 +120,7 @@ def front_chart(points: Sequence[dict[str, Any]], limit: float | None, w: Words)
     sizes += [size for p in drawn if (size := _measured(p)) is not None] + ([limit] if limit else [])
     pad = 0.06 * (max(sizes) - min(sizes)) or 0.1 * max(sizes)
     low, high = max(min(sizes) - pad, 0.0), max(sizes) + pad
-    span = tight([p["kl"] for p in drawn])
+    span, clipped = _without_outlier([p["kl"] for p in drawn])
 
     def x(size: float) -> float:
         return (size - low) / (high - low)
@@ -127,7 +128,7 @@ def front_chart(points: Sequence[dict[str, Any]], limit: float | None, w: Words)
     def y(kl: float) -> float:
         return height * (1 - at_log(kl, span))
 
-    body = _log_rows(span, height) + _size_axis(low, high, height, w)
+    body = _log_rows(span, height, clipped=clipped) + _size_axis(low, high, height, w)
     if limit:
         side = ("end", -8) if x(limit) > 0.6 else ("start", 8)
         said = f"{w['target']} {w['at_most'].format(value=format_bytes(limit))}"
@@ -138,6 +139,16 @@ def front_chart(points: Sequence[dict[str, Any]], limit: float | None, w: Words)
     for p in sorted(drawn, key=lambda p: bool(p.get("chosen"))):
         body += _front_point(p, x, y(p["kl"]), w)
     return _svg(body, f"{w['front']}{w['colon']}{w['front.lead']}", height, 58, 14)
+
+
+def _without_outlier(values: Sequence[float]) -> tuple[tuple[float, float], bool]:
+    """The span of the values, and whether its lower end is above the lowest.
+
+    A plan without loss stands many decades below the others, which would lie in a corner if its own were shown.
+    """
+    least, second = sorted(values)[:2]
+    floor = 10.0 ** math.floor(math.log10(second / 10))
+    return tight([max(v, floor) for v in values]), least < floor
 
 
 def _measured(point: dict[str, Any]) -> float | None:
@@ -170,11 +181,12 @@ def _front_point(point: dict[str, Any], x: Any, y: float, w: Words) -> str:
     return _group(body, " · ".join(filter(None, tip)))
 
 
-def _log_rows(span: tuple[float, float], height: float, top: float = 0) -> str:
+def _log_rows(span: tuple[float, float], height: float, top: float = 0, clipped: bool = False) -> str:
     body = ""
     for exponent in range(math.ceil(span[0] - 1e-9), math.floor(span[1] + 1e-9) + 1):
         y = top + height * (1 - (exponent - span[0]) / (span[1] - span[0]))
-        body += _line("0%", y, "100%", y, "grid") + _say("0%", y + 4, power_of_ten(exponent), "end", "", -10)
+        said = ("≤ " if clipped and exponent <= span[0] + 1e-9 else "") + power_of_ten(exponent)
+        body += _line("0%", y, "100%", y, "grid") + _say("0%", y + 4, said, "end", "", -10)
     return body
 
 
@@ -254,7 +266,7 @@ def sensitivity_chart(entries: Sequence[dict[str, Any]], w: Words) -> str:
     y, body = 0.0, ""
     for part, levels in by_part.items():
         y += 26
-        body += _say("0%", y, named(w, part), style="strong", shift=-76)
+        body += _say("0%", y, named(w, part), style="strong", shift=-_LEVELS)
         for e in levels:
             y += 20
             body += _sensitivity_row(e, part, y, at_log(e["kl"], span), w)
@@ -264,20 +276,25 @@ def sensitivity_chart(entries: Sequence[dict[str, Any]], w: Words) -> str:
         place = across((exponent - span[0]) / (span[1] - span[0]))
         grid += _line(place, 6, place, y, "grid") + _say(place, y + 18, power_of_ten(exponent), "middle")
     grid += _say("100%", y + 40, w["kl"], "end", "quiet")
-    return _svg(grid + body, f"{w['sensitivity']}{w['colon']}{w['sensitivity.lead']}", int(y), 76, 58)
+    return _svg(grid + body, f"{w['sensitivity']}{w['colon']}{w['sensitivity.lead']}", int(y), _LEVELS, 58)
 
 
 def _sensitivity_row(entry: dict[str, Any], part: str, y: float, place: float, w: Words) -> str:
     flips, level = number(entry.get("flips")), text(entry.get("level"))
-    tip = [named(w, part), level, f"KL {small(entry['kl'])}"]
+    tip = [named(w, part), _level(level, w), f"KL {small(entry['kl'])}"]
     size = number(entry.get("bytes"))
     if size is not None:
         tip.append(format_bytes(size))
     if flips is not None:
         tip.append(w["flips"].format(value=percent(flips)))
-    bar = _say("0%", y, level, "end", "", -10)
+    bar = _say("0%", y, _level(level, w), "end", "", -10)
     bar += f'<rect x="0" y="{y - 8:.1f}" width="{across(place)}" height="8" rx="1" class="bar"/>'
     return _group(bar + _say(across(place), y, small(entry["kl"]), "start", "quiet", 8), " · ".join(tip))
+
+
+def _level(level: str, w: Words) -> str:
+    bits = level.removesuffix(" bits")
+    return w["bits"].format(n=bits) if bits != level else named(w, level)
 
 
 # --- layers ---

@@ -75,8 +75,6 @@ def _verdict(run: Any, chosen: dict[str, Any], rungs: Sequence[dict[str, Any]]) 
     crosses = allowed is not None and found["difference"] <= allowed < found["high"]
     met = chosen["met"]
     sentence = "Every constraint is met, measured on the bundle." if met else chosen["nearest"]["sentence"]
-    if crosses:
-        sentence += " The 95 % interval crosses the allowed drop; --strict would ask for its upper end."
     return {
         "met": met,
         "headline": "MEETS TARGET" if met else "DOES NOT MEET TARGET",
@@ -120,4 +118,8 @@ def _notes(run: Any, found: dict[str, Any]) -> list[str]:
     notes = ["The interval resamples utterances; speakers recur, so the true uncertainty is somewhat larger."]
     if found["n"] < 100:
         notes.append(f"Only {found['n']} evaluation samples: the interval is wide. More samples make it narrower.")
+    spoken = found.get("languages", {})
+    if run.options.language is None and set(spoken) - {"en"}:
+        counts = ", ".join(f"{code} {n}" for code, n in spoken.items())
+        notes.append(f"Each sample was scored in the language that the original heard in it: {counts}.")
     return notes

@@ -1,6 +1,7 @@
 """From what was tried to a verdict: which bundle, whether it meets the target, what binds when none does. No torch."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from packlight.target import Target, format_bytes, format_seconds
@@ -64,3 +65,44 @@ def _written(name: str, value: float) -> str:
     if name in ("size", "memory"):
         return format_bytes(value)
     return format_seconds(value) if name == "latency" else f"{100 * value:.1f} pp"
+
+
+def verdict_text(result: dict[str, Any], out: Path) -> str:
+    """The content of result.json for a terminal: the verdict, the table, and where to look."""
+    before, after, ratios = result["before"], result["after"], result["ratios"]
+    metric, target = result["metric"], result["target"]
+    how = result["timing"]
+    limit = {k: f"<= {f(target[k])}" if target[k] else "" for k, f in
+             (("size", format_bytes), ("latency", format_seconds), ("memory", format_bytes))}  # fmt: skip
+    drop = f"<= +{100 * target['drop']:g} pp" if target["drop"] is not None else (
+        f"<= {100 * target['drop_relative']:g} %" if target["drop_relative"] is not None else "")  # fmt: skip
+    lines = [
+        result["verdict"]["headline"],
+        f"{'':13}{'original':>12}{'bundle':>12}{'ratio':>10}   target",
+        f"{'size':13}{format_bytes(before['size']):>12}{format_bytes(after['size']):>12}{ratios['size']:>9.1f}x   {limit['size']}",
+        f"{metric['name']:13}{metric['before']:>11.1%} {metric['after']:>11.1%}{100 * metric['difference']:>+7.2f} pp   {drop}"
+        f"   95 % interval [{100 * metric['low']:+.2f}, {100 * metric['high']:+.2f}], n = {metric['n']}, paired",
+        f"{'latency':13}{format_seconds(before['latency']):>12}{format_seconds(after['latency']):>12}{ratios['latency']:>9.2f}x   "
+        f"{limit['latency']}   ratio of sums [{ratios['latency_low']:.2f}, {ratios['latency_high']:.2f}], median of "
+        f"{how['samples']}, {how['threads']} threads, {after['runtime']}",
+        f"{'memory':13}{format_bytes(before['memory']):>12}{format_bytes(after['memory']):>12}{ratios['memory']:>9.1f}x   {limit['memory']}",
+        f"{'load':13}{format_seconds(before['load']):>12}{format_seconds(after['load']):>12}{ratios['load']:>9.1f}x",
+        f"{'energy':13}" + (f"{before['energy']:>10.1f} J{after['energy']:>10.1f} J" if after["energy"] and before["energy"] else
+                            "not measured: this machine reports none"),
+        f"{'tokens':13}{metric['token_agreement']:.1%} as the original's, {metric['identical']:.0%} of transcripts the same",
+        f"{'plan':13}{result['plan']['name']}: " + "; ".join(
+            f"{p['name']} {p['rate']:.2f} b" for p in result["parts"] if p["rate"] is not None),
+    ]  # fmt: skip
+    lines += [f"{'':13}{result['verdict']['sentence']}"]
+    if result["verdict"]["interval_crosses"]:
+        lines += [f"{'':13}The 95 % interval crosses the allowed drop; --strict would ask for its upper end."]
+    if result["verdict"]["nearest"]:
+        lines += [
+            f"{'binds':13}{result['verdict']['binding']}",
+            f"{'apply':13}packlight apply MODEL {out / 'plan.json'} --data DIR -o OUT2",
+        ]
+    lines += [
+        f"{'bundle':13}{out / 'bundle'}   packlight run {out / 'bundle'} speech.wav",
+        f"{'report':13}{out / 'report.html'}",
+    ]
+    return "\n".join(lines)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from packlight.audio import read_audio
+from packlight.bundle import is_bundle
 from packlight.compress import check, compress_
 from packlight.data import Dataset, read_dataset, split
 from packlight.deploy import deploy
@@ -61,10 +62,16 @@ def check_out(out: Path) -> None:
     """Refuse an output folder that holds anything that is not ours. Raises DataError."""
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file. Name a folder for the results.")
-    strangers = sorted(p.name for p in out.iterdir() if p.name not in _OURS) if out.is_dir() else []
+    present = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    strangers = present - {*_OURS, *(f"{name}.part" for name in _OURS)}  # .part: what a kill or a full disk left
+    if not present & {"work", "bundle", "result.json"}:
+        strangers = present  # a plan.json alone was written by hand
+    bundle = out / "bundle"
+    if bundle.exists() and not (is_bundle(bundle) or (bundle.is_dir() and not any(bundle.iterdir()))):
+        strangers |= {"bundle"}
     if strangers:
         raise DataError(
-            f"{out} holds {strangers[0]!r}, which is not ours, so nothing was written. Choose an empty folder."
+            f"{out} holds {min(strangers)!r}, which is not ours, so nothing was written. Choose an empty folder."
         )
 
 

@@ -19,7 +19,7 @@ from packlight.compress import check, compress_, old_ids
 from packlight.data import Dataset, check_disjoint, read_dataset, split
 from packlight.deploy import deploy, ladder, parity, versions
 from packlight.errors import DataError, TargetError
-from packlight.evaluate import TIMED, answers, quality, spread, time_pair
+from packlight.evaluate import TIMED, answers, languages, quality, spread, time_pair
 from packlight.families import Batch
 from packlight.loading import load
 from packlight.measure import machine, measure
@@ -62,6 +62,7 @@ class Run:
     progress: Progress | None
     batches: list[Batch] = field(default_factory=list)
     before: list[list[int]] = field(default_factory=list)
+    languages: list[str] = field(default_factory=list)  # of the evaluation samples
     overhead: int = 1_300_000  # bytes of a bundle beside its weights, until one was measured
 
 
@@ -149,6 +150,13 @@ def _observe(run: Run) -> None:
         "original on evaluation samples",
         run.progress,
     )
+    run.languages = languages(
+        run.evaluation,
+        lambda audio: run.model.family.detect_language(run.model.module, audio, run.model.settings),
+        run.options.language,
+        run.work / "languages.jsonl",
+        run.progress,
+    )
     run.batches = calibration_batches(run.model, run.calibration, run.options, run.work, run.progress)
 
 
@@ -197,16 +205,20 @@ def _search(run: Run, plans: Sequence[Plan]) -> list[dict[str, Any]]:
             run.overhead = int(tried[plan.name]["size"] - plan.expected["bytes"])
         return tried[plan.name]
 
-    limit = run.target.size
-    fits = [p for p in plans if limit is None or p.expected["bytes"] + run.overhead <= limit]
-    queue = sorted(fits, key=lambda p: (p.name.startswith("f"), -p.expected["bytes"]))
+    def fitting(kind: str) -> list[Plan]:
+        """Plans not tried that should fit, the largest first; each attempt tells better what lies beside the weights."""
+        limit = run.target.size
+        left = [p for p in plans if p.name not in tried and p.name.startswith(kind)]
+        fits = [p for p in left if limit is None or p.expected["bytes"] + run.overhead <= limit]
+        return sorted(fits, key=lambda p: -p.expected["bytes"])
+
     # The best quality that fits; if measuring says it does not, the next smaller; then slower plans that lose less.
-    best = [p for p in queue if not p.name.startswith("f")][:2] + [p for p in queue if p.name.startswith("f")]
-    for plan in best:
-        outcome = attempt(plan)
-        if not outcome["missed"]:
-            return list(tried.values())
-        if outcome["missed"] == ["latency"] or outcome["missed"] == ["memory"]:
+    for kind in ("p", "p", "p", "f", "f"):
+        for plan in fitting(kind)[:1]:
+            outcome = attempt(plan)
+            if not outcome["missed"]:
+                return list(tried.values())
+        if any(t["missed"] in (["latency"], ["memory"]) for t in tried.values()):
             break  # every plan that is left is larger or slower
     # None does: the smallest plan that keeps the drop, whatever its size, by bisection.
     rest = [p for p in plans if not p.name.startswith("f")]
@@ -231,7 +243,7 @@ def _attempt(run: Run, plan: Plan) -> dict[str, Any]:
         }
     observed, judged = divide(run.batches)
     bundle = folder / "bundle"
-    fresh = load(run.model.source.path)
+    fresh = load(run.model.source.path, trust_remote_code=run.options.trust_remote_code)
     records = compress_(fresh, plan, observed, folder / "waves", _named(run, plan))
     if not is_bundle(bundle):
         deploy(fresh, plan, records, bundle, run.options.language, run.options.task)
@@ -245,14 +257,16 @@ def _attempt(run: Run, plan: Plan) -> dict[str, Any]:
         return list(tokens) if names is None else [names[t] for t in tokens]
 
     after = answers(run.evaluation, reply, folder / "after.jsonl", f"{plan.name} in ONNX Runtime", run.progress)
-    found, rows = quality(run.evaluation, run.before, after, run.model.decoder(), run.options.language or "en")
+    found, rows = quality(run.evaluation, run.before, after, run.model.decoder(), run.languages)
     agreed = parity(fresh, served, judged[:2])
     timing = time_pair(spread(run.evaluation, TIMED), _answer_of(run), reply, run.progress)
     recordings = [str(s.path.resolve()) for s in spread(run.evaluation, 3)]
     outcome = {
         "plan": plan.name, "size": open_bundle(bundle).size, "quality": asdict(found), "rows": rows[:10],
         "timing": timing, "records": [asdict(r) for r in records], "parity": agreed,
-        "process": measure("bundle", str(bundle.resolve()), recordings, threads),
+        "process": measure(
+            "bundle", str(bundle.resolve()), recordings, threads, run.options.language, run.options.task
+        ),
     }  # fmt: skip
     write_json(done, outcome)
     return outcome | {"missed": _missed(run, outcome)}
@@ -298,9 +312,9 @@ def _finish(
     kept = run.work / "original.json"
     if not kept.is_file():
         recordings = [str(s.path.resolve()) for s in spread(run.evaluation, 3)]
-        write_json(
-            kept, measure("model", run.model.source.path, recordings, threads_of(run.options, run.target.device))
-        )
+        options = run.options
+        asked = (threads_of(options, run.target.device), options.language, options.task, options.trust_remote_code)
+        write_json(kept, measure("model", run.model.source.path, recordings, *asked))
     rungs = ladder(
         run.out / "bundle",
         outcome["parity"],

@@ -129,7 +129,7 @@ def check_weights(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        listed = set(json.loads(index.read_text())["weight_map"].values())
+        listed = set(_weight_map(index).values())
         missing = sorted(listed - {f.name for f in files})
         if missing:
             raise ModelError(
@@ -150,6 +150,15 @@ def check_weights(folder: Path) -> list[Path]:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} is damaged or cut short ({error}). Download the model again.") from None
     return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file. Raises ModelError."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(tensor): str(file) for tensor, file in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is no readable index of weights ({error!r}). Download the model again.") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -15,32 +15,40 @@ from packlight.sensitivity import Level, Pruning, settings
 
 _FINE = tuple(2.25 + 0.125 * i for i in range(24))  # rates a plan may use
 _GAP = 0.015  # plans on the front lie at least this far apart in bytes
-_TUNE = 0.005  # predicted KL from which tuning is worth its minutes
 _WORTH = 0.1  # share of the finest weights' KL that a range per row must save to be worth its time
 
 Activations = Mapping[str, Mapping[str, float]]
 
 
 def levels_between(levels: Sequence[Level]) -> list[Level]:
-    """The levels of one part at all rates a plan may use; log(KL) and bytes linear between measured rates."""
-    grouped = [lv for lv in levels if lv.technique == "group_weights"]
-    levels = [lv for lv in levels if lv.technique != "group_weights"]
-    finest = levels[0]
-    top = next((lv.rate for lv in levels if lv.rate), 4.0) or 4.0
-    codes = max(lv.bytes / (lv.rate or 1) for lv in levels if lv.rate)  # bytes per bit of rate
-    points = sorted((lv.rate or finest.bytes / codes, lv) for lv in levels)
-    result = [finest, *grouped]
-    for rate in _FINE:
-        if rate >= max(points[-1][0], top):
-            continue
-        low = max((p for p in points if p[0] <= rate + 1e-9), key=lambda p: p[0])
-        high = min((p for p in points if p[0] >= rate - 1e-9), key=lambda p: p[0])
-        share = 0.0 if high[0] == low[0] else (rate - low[0]) / (high[0] - low[0])
-        kl = math.exp((1 - share) * math.log(low[1].kl) + share * math.log(high[1].kl))
-        size = int((1 - share) * low[1].bytes + share * high[1].bytes)
-        flips = (1 - share) * low[1].flips + share * high[1].flips
-        result.append(Level(finest.part, rate, size, kl, flips, share in (0.0, 1.0)))
-    return result
+    """The levels of one part at all rates a plan may use.
+
+    log(KL) and bytes are linear between measured rates. Above the highest one, where the finest grid is no larger and
+    so says nothing, KL falls fourfold per bit.
+    """
+    others = [lv for lv in levels if lv.rate is None or lv.technique == "group_weights"]
+    rated = [lv for lv in levels if lv.rate is not None and lv.technique != "group_weights"]
+    if not rated:
+        return others
+    per_bit = max(lv.bytes / (lv.rate or 1) for lv in rated)
+    points = sorted([(lv.rate or 0.0, lv) for lv in rated], key=lambda p: p[0])
+    rate, top = points[-1]
+    finest = next((lv for lv in others if lv.rate is None and lv.technique != "group_weights"), None)
+    if finest is not None and finest.bytes > top.bytes and finest.kl < top.kl:
+        points.append((finest.bytes / per_bit, finest))
+    else:
+        points.append((rate + 1, replace(top, bytes=int(top.bytes + per_bit), kl=top.kl / 4, flips=top.flips / 2)))
+    return others + [_between(points, r) for r in _FINE if points[0][0] <= r < points[-1][0]]
+
+
+def _between(points: list[tuple[float, Level]], rate: float) -> Level:
+    below = max((p for p in points if p[0] <= rate + 1e-9), key=lambda p: p[0])
+    above = min((p for p in points if p[0] >= rate - 1e-9), key=lambda p: p[0])
+    share = 0.0 if above[0] == below[0] else (rate - below[0]) / (above[0] - below[0])
+    kl = math.exp((1 - share) * math.log(below[1].kl) + share * math.log(above[1].kl))
+    size = int((1 - share) * below[1].bytes + share * above[1].bytes)
+    flips = (1 - share) * below[1].flips + share * above[1].flips
+    return Level(below[1].part, rate, size, kl, flips, share == 0.0)
 
 
 @dataclass(frozen=True)
@@ -149,9 +157,6 @@ def _plan(
         steps.append(Step(level.technique, config, part.paths, reason))
     steps.append(Step("float16", {}, ("*",), "norms and biases: too few bytes to gain anything"))
     kl = choice.kl + sum(loss for _, loss, _ in modes.values())
-    if choice.kl > _TUNE:
-        reason = f"rounding alone is predicted to cost KL {kl:.2g} per token; scales, biases and norms make good for it"
-        steps.append(Step("tune_scales", {}, ("*",), reason))
     expected = {"bytes": float(choice.bytes), "kl": kl}
     return Plan(tuple(steps), model.family.name, origin[0], origin[1], name, expected)
 

@@ -7,6 +7,7 @@ inputs of little variance have coarser steps. With several groups it is the W4A1
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def column_grid(weight: Tensor, gram: Tensor, rate: float, damp: float = 0.01, r
     """
     order = feedback_order(gram)
     factor = torch.empty(len(gram))
-    factor[order] = _inverse_factor(gram[order][:, order], damp).diagonal()  # 1 / L_ii
+    factor[order] = _inverse_factor(gram, damp).diagonal()  # 1 / L_ii
     factor = factor / factor.log().mean().exp()
     relative = torch.ones(len(weight), 1) if rows is None else (rows / rows.log().mean().exp())[:, None]
     step = find_step(weight / (factor * relative), rate, 1 << 30)
@@ -209,7 +210,7 @@ def error_feedback(weight: Tensor, gram: Tensor, grid: Grid, damp: float = 0.01)
         codes [out, in], int16.
     """
     order = feedback_order(gram)
-    upper = _inverse_factor(gram[order][:, order], damp)
+    upper = _inverse_factor(gram, damp)
     codes = torch.empty(weight.shape, dtype=torch.int16)
     # Rows are independent: a few thousand at a time, turned so that a column is contiguous, stay in the cache.
     for rows in torch.arange(len(weight)).split(_ROWS):
@@ -245,9 +246,14 @@ def _feedback_rows(work: Tensor, upper: Tensor, grid: Grid, order: Tensor) -> Te
     return codes
 
 
+@lru_cache(maxsize=1)  # a grid and the feedback on it ask for the same, and query, key and value share their inputs
 def _inverse_factor(gram: Tensor, damp: float) -> Tensor:
-    """Upper Cholesky factor of the inverse Gram matrix, in float64 inside. Inputs never seen get the mean energy."""
-    gram = gram.double().clone()
+    """Upper Cholesky factor of the inverse Gram matrix in the order of feedback, in float64 inside.
+
+    Inputs never seen get the mean energy.
+    """
+    order = feedback_order(gram)
+    gram = gram[order][:, order].double().clone()
     diagonal = gram.diagonal()
     mean = float(diagonal.mean())
     if mean <= 0:

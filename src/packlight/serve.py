@@ -63,11 +63,29 @@ def open_served(path: Path, threads: int = 0, *, check: bool = True) -> Served:
     decode = _decoder(path / TOKENIZER)
     files = {name: path / file for name, file in manifest["graphs"].items()}
     parts = open_graphs(files, lambda names: read_weights(path / WEIGHTS, names), threads)
+    _check_parts(path, parts, settings)
 
     def answer(audio: np.ndarray, language: str | None = None, task: str | None = None) -> Transcript:
         return transcribe({n: p.run for n, p in parts.items()}, decode, settings, audio, language, task)
 
     return Served(bundle, parts, answer, decode, time.perf_counter() - start)
+
+
+def _check_parts(path: Path, parts: dict[str, Opened], settings: Settings) -> None:
+    """Refuse graphs that are not the two that `transcribe` runs."""
+    pairs = [f"{kind}_{i}" for i in range(settings.layers) for kind in ("key", "value")]
+    cross = {f"cross_{name}" for name in pairs}
+    past, present = {f"past_{name}" for name in pairs}, {f"present_{name}" for name in pairs}
+    due = {
+        "encoder": ({"input_features"}, cross),
+        "decoder": ({"input_ids"} | past | cross, {"logits"} | present),
+    }
+    for name, (inputs, outputs) in due.items():
+        part = parts.get(name)
+        if part is None or set(part.inputs) != inputs or set(part.outputs) != outputs:
+            raise BundleError(
+                f"{path} has no graph {name!r} as its settings describe it. Get it again from its source."
+            )
 
 
 def _decoder(file: Path) -> Callable[[Any], str]:
@@ -77,6 +95,6 @@ def _decoder(file: Path) -> Callable[[Any], str]:
         with gzip.open(file, "rb") as opened:
             text = opened.read(_MAX_TOKENIZER).decode("utf-8")
         tokenizer = Tokenizer.from_str(text)
-    except (OSError, EOFError, UnicodeDecodeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower class
         raise BundleError(f"{file} holds no readable tokenizer ({error}).") from None
     return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))

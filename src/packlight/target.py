@@ -128,6 +128,8 @@ def _parse(text: str, units: dict[str, Any], what: str, example: str) -> tuple[f
     if not match:
         raise TargetError(f"Can't read the {what} {text!r}. Write it like {example}.")
     number, unit = float(match[1]), match[2]
+    if number > 1e12:
+        raise TargetError(f"The {what} {text[:20]!r} is out of all proportion. Write it like {example}.")
     if not unit:
         raise TargetError(f"The {what} {text!r} has no unit. Write it like {example}.")
     if unit not in units:

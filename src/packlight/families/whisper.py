@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -47,22 +47,44 @@ def read(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any
             raise ModelError(f"{folder / 'model.bin'} is no Whisper model we know: {(missing + unexpected)[:3]}.")
         module.tie_weights()
     else:
-        try:
-            module = WhisperForConditionalGeneration.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, dtype=torch.float32
-            )
-        except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-            raise ModelError(f"transformers can't build the model in {folder}: {str(error).splitlines()[0]}") from None
+        module = _from_transformers(folder)
         settings = _settings(folder, config, module)
     tokenizer = _tokenizer_json(folder)
+    _check_tokenizer(tokenizer, settings, folder)
     settings.update(_ids_from_tokenizer(tokenizer, settings))
     _set_generation(module, settings)
     return module.eval(), settings, tokenizer
 
 
+def _from_transformers(folder: Path) -> nn.Module:
+    from transformers import WhisperForConditionalGeneration
+
+    try:
+        loaded: Any = WhisperForConditionalGeneration.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"transformers can't build the model in {folder}: {str(error).splitlines()[0]}") from None
+    module, found = loaded
+    # transformers fills such tensors with random numbers and goes on.
+    wrong = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if wrong:
+        raise ModelError(
+            f"The weights in {folder} are not those of its config.json: {len(wrong)} tensors are missing or of another "
+            f"shape, first {wrong[0]}. Download the model again."
+        )
+    return cast(nn.Module, module)
+
+
 def _settings(folder: Path, config: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     file = folder / "generation_config.json"
-    found = {**config, **(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})}
+    try:
+        found = {**config, **(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})}
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{file} is no readable JSON object ({error}). Download the model again.") from None
+    found = {"decoder_start_token_id": module.config.decoder_start_token_id,
+             "eos_token_id": module.config.eos_token_id} | found  # fmt: skip
     vocabulary = module.config.vocab_size
     return {
         "suppress_tokens": list(found.get("suppress_tokens") or []),
@@ -87,6 +109,20 @@ def _tokenizer_json(folder: Path) -> str:
         raise ModelError(
             f"{folder} has no tokenizer.json and none can be made ({str(error).splitlines()[0]})."
         ) from None
+
+
+def _check_tokenizer(tokenizer: str, settings: dict[str, Any], folder: Path) -> None:
+    from tokenizers import Tokenizer
+
+    try:
+        size = Tokenizer.from_str(tokenizer).get_vocab_size()
+    except Exception as error:  # noqa: BLE001 - the package raises no narrower class
+        raise ModelError(f"The tokenizer in {folder} can't be read ({error}). Download the model again.") from None
+    if size <= settings["eos_token_id"]:
+        raise ModelError(
+            f"The tokenizer in {folder} knows {size} tokens, the model ends its text with number "
+            f"{settings['eos_token_id']}. Put the model's own tokenizer.json there."
+        )
 
 
 def _ids_from_tokenizer(tokenizer: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from packlight.audio import read_audio
+from packlight.audio import RATE, read_audio
 from packlight.bundle import is_bundle
 from packlight.compress import check, compress_
 from packlight.data import Dataset, read_dataset, split
@@ -83,7 +83,8 @@ def calibration_batches(
     family = model.family
 
     def answer(audio: Any) -> list[int]:
-        return family.answer(model.module, audio, model.settings, options.language, options.task)
+        heard = audio[: round(family.window * RATE)]  # a batch holds no more, so no words beyond it either
+        return family.answer(model.module, heard, model.settings, options.language, options.task)
 
     words = answers(picked, answer, work / "words.jsonl", "original on calibration samples", progress)
     batches = []

@@ -26,7 +26,10 @@ _SLACK = 0.1  # seconds that may be missing: headers of MP3 files are often off 
 _CUT_CHUNK = re.compile(r"^\s*(?:data|SSND)\s*:\s*(\d+) \(should be (\d+)\)", re.MULTILINE)
 
 
-def read_audio(path: Path, rate: int = 16000) -> np.ndarray:
+RATE = 16000  # samples per second that every speech model here takes
+
+
+def read_audio(path: Path, rate: int = RATE) -> np.ndarray:
     """Read an audio file as mono samples.
 
     Channels are averaged, and other sample rates are resampled with soxr (HQ). Silence is valid audio.

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -211,6 +212,8 @@ def fit(
     device: Annotated[str, typer.Option(help="local, two-core, pi4, pi5 or phone.")] = "local",
     strict: Annotated[bool, typer.Option("--strict", help="The interval's upper end must keep the drop too.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    texts: Annotated[Path | None, typer.Option(help="Texts that the model is to write well.")] = None,
+    keep_vocabulary: Annotated[bool, typer.Option("--keep-vocabulary", help="Never prune the vocabulary.")] = False,
     *,
     asked: Any,
     as_json: bool,
@@ -230,7 +233,8 @@ def fit(
     from packlight.fitting import fit as run
     from packlight.verdict import verdict_text
 
-    found = run(model, data, target, out, _options(asked, calibration, seed), _bar(as_json))
+    options = replace(_options(asked, calibration, seed), texts=texts, prune_vocabulary=not keep_vocabulary)
+    found = run(model, data, target, out, options, _bar(as_json))
     _say(found.result, as_json, verdict_text(found.result, out))
     raise typer.Exit(0 if found.met else 3)
 

@@ -31,7 +31,7 @@ from packlight.sensitivity import Level, activations, measure_grams, profile, pr
 from packlight.serve import open_served
 from packlight.target import Target
 from packlight.verdict import conclude
-from packlight.vocabulary_usage import read_texts
+from packlight.vocabulary_usage import has_word_list, read_texts, texts_sha256
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -60,6 +60,7 @@ class Run:
     calibration: Dataset
     evaluation: Dataset
     progress: Progress | None
+    texts: list[str] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
     before: list[list[int]] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)  # of the evaluation samples
@@ -119,21 +120,22 @@ def prepare(model: str, data: Path, target: Target, out: Path, options: Options,
     torch.set_num_threads(threads_of(options, target.device))
     loaded = load(model, trust_remote_code=options.trust_remote_code)
     loaded.family.prompt(loaded.settings, options.language, options.task)  # raises for a language it does not know
-    free = shutil.disk_usage(out.parent if out.parent.is_dir() else Path.cwd()).free
+    free = shutil.disk_usage(next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())).free
     needed = 3 * loaded.source.bytes + 200_000_000
     if free < needed:
         raise DataError(
             f"{out} has {free / 1e6:.0f} MB free; this fit needs about {needed / 1e6:.0f} MB. Make room or choose another disk."
         )
     identity = [loaded.source.sha256, calibration.sha256, evaluation.sha256, options.language, options.task]
-    identity += [str(options.prune_vocabulary), str(options.texts)]
+    texts = read_texts(options.texts) if options.texts else []
+    identity += [str(options.prune_vocabulary), texts_sha256(texts)]
     key = hashlib.sha256(json.dumps([*identity, options.seed, packlight.__version__]).encode()).hexdigest()[:12]
     work = out / "work" / key
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"Can't write to {out} ({error.strerror}). Choose a folder that you may write to.") from None
-    return Run(loaded, target, options, out, work, calibration, evaluation, progress)
+    return Run(loaded, target, options, out, work, calibration, evaluation, progress, texts)
 
 
 def _answer_of(run: Run) -> Callable[[Any], list[int]]:
@@ -174,7 +176,7 @@ def _plan(run: Run) -> tuple[list[Level], list[Plan]]:
     sums = measure_grams(run.model, observed, run.progress)
     levels = sensitivity(run.model, sums, judged, kept, run.progress)
     rounding = activations(run.model, judged, run.work / "activations.jsonl", run.progress)
-    vocabularies = prunings(run.model, observed, judged, _languages(run), _texts(run))
+    vocabularies = prunings(run.model, observed, judged, _languages(run), run.texts)
     plans = front(run.model, levels, rounding, vocabularies, (_calibration(run), run.options.seed))
     for plan in plans:
         check(plan, run.model, run.calibration.sha256)
@@ -186,11 +188,8 @@ def _languages(run: Run) -> list[str]:
     options, several = run.options, bool(run.model.settings.get("lang_to_id"))
     if not options.prune_vocabulary or (several and (not options.language or options.task != "transcribe")):
         return []
-    return [options.language or "en"]
-
-
-def _texts(run: Run) -> list[str]:
-    return read_texts(run.options.texts) if run.options.texts else []
+    language = options.language or "en"
+    return [language] if has_word_list(language) else []  # the report's plan then has no such step
 
 
 def _search(run: Run, plans: Sequence[Plan]) -> list[dict[str, Any]]:
@@ -212,14 +211,18 @@ def _search(run: Run, plans: Sequence[Plan]) -> list[dict[str, Any]]:
         fits = [p for p in left if limit is None or p.expected["bytes"] + run.overhead <= limit]
         return sorted(fits, key=lambda p: -p.expected["bytes"])
 
-    # The best quality that fits; if measuring says it does not, the next smaller; then slower plans that lose less.
-    for kind in ("p", "p", "p", "f", "f"):
-        for plan in fitting(kind)[:1]:
-            outcome = attempt(plan)
-            if not outcome["missed"]:
+    # The best quality that fits; where it is missed, slower plans that lose less, and last the next smaller after all.
+    kinds = ["p", "f", "f", "p"]
+    while kinds and len(tried) < _TRIES:
+        left = fitting(kinds[0])
+        if left:
+            missed = attempt(left[0])["missed"]
+            if not missed:
                 return list(tried.values())
-        if any(t["missed"] in (["latency"], ["memory"]) for t in tried.values()):
-            break  # every plan that is left is larger or slower
+            if missed in (["latency"], ["memory"]):
+                break  # every plan that is left is larger or slower
+        if not left or "size" not in missed:  # what turned out too large gives way to the next smaller
+            kinds.pop(0)
     # None does: the smallest plan that keeps the drop, whatever its size, by bisection.
     rest = [p for p in plans if not p.name.startswith("f")]
     low, high = 0, len(rest) - 1
@@ -237,10 +240,8 @@ def _attempt(run: Run, plan: Plan) -> dict[str, Any]:
     folder = run.work / plan.key[:12]
     done = folder / "outcome.json"
     if done.is_file():
-        return dict(json.loads(done.read_text())) | {
-            "plan": plan.name,
-            "missed": _missed(run, json.loads(done.read_text())),
-        }
+        earlier = dict(json.loads(done.read_text()))
+        return earlier | {"plan": plan.name, "missed": _missed(run, earlier)}
     observed, judged = divide(run.batches)
     bundle = folder / "bundle"
     fresh = load(run.model.source.path, trust_remote_code=run.options.trust_remote_code)

@@ -15,6 +15,8 @@ from packlight.sensitivity import Level, Pruning, settings
 
 _FINE = tuple(2.25 + 0.125 * i for i in range(24))  # rates a plan may use
 _GAP = 0.015  # plans on the front lie at least this far apart in bytes
+# KL per token that a byte may cost; the first asks for the least KL, whatever its bytes.
+_PRICES = (0.0, *(10 ** (-11 + 0.01 * i) for i in range(800)))
 _WORTH = 0.1  # share of the finest weights' KL that a range per row must save to be worth its time
 
 Activations = Mapping[str, Mapping[str, float]]
@@ -91,13 +93,13 @@ def front(
     found: list[_Choice] = []
     for vocabulary in vocabularies:
         kept = {p: [_shrunk(lv, vocabulary.share) if p in tables else lv for lv in c] for p, c in parts.items()}
-        for step in range(800):
-            price = 10 ** (-11 + step * 0.01)
+        for price in _PRICES:
             best = tuple(min(c, key=lambda lv: lv.kl + price * lv.bytes) for c in kept.values())
             found.append(_Choice(vocabulary, best))
     modes = _modes(rounding, sum(min(lv.kl for lv in c) for c in parts.values()))
-    plans = [_plan(model, c, modes, f"p{i + 1:02d}", origin) for i, c in enumerate(_spaced(found))]
-    return [*plans, *_float_plans(model, [c[0] for c in parts.values()], *origin)]
+    chosen = _spaced(found)
+    plans = [_plan(model, c, modes, f"p{i + 1:02d}", origin) for i, c in enumerate(chosen)]
+    return [*plans, *_float_plans(model, chosen[-1], origin)]
 
 
 def _shrunk(level: Level, share: float) -> Level:
@@ -161,16 +163,10 @@ def _plan(
     return Plan(tuple(steps), model.family.name, origin[0], origin[1], name, expected)
 
 
-def _float_plans(model: Model, finest: Sequence[Level], calibration: dict[str, Any], seed: int) -> list[Plan]:
+def _float_plans(model: Model, best: _Choice, origin: tuple[dict[str, Any], int]) -> list[Plan]:
     """Slower plans that lose less, for when no plan with 8-bit activations keeps the drop."""
-    paths = tuple(p for part in model.family.parts for p in part.paths)
-    rest = Step("float16", {}, ("*",), "norms and biases: too few bytes to gain anything")
-    size = float(sum(lv.bytes for lv in finest))
-    weights = Step("error_feedback", {"rate": None, "activations": "float"}, paths, "8-bit activations lost too much")
+    why = "float activations: 8-bit ones lost too much"
+    exact = _plan(model, best, {lv.part: ("float", 0.0, why) for lv in best.levels}, "f01", origin)
     halves = Step("float16", {}, ("*",), "integer weights lost too much")
     total = 2.0 * sum(p.numel() for p in model.module.parameters())
-    kl = sum(lv.kl for lv in finest)
-    return [
-        Plan((weights, rest), model.family.name, calibration, seed, "f01", {"bytes": size, "kl": kl / 2}),
-        Plan((halves,), model.family.name, {}, seed, "f02", {"bytes": total, "kl": 1e-9}),
-    ]
+    return [exact, Plan((halves,), model.family.name, {}, origin[1], "f02", {"bytes": total, "kl": 1e-9})]

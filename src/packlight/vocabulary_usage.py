@@ -158,14 +158,24 @@ def _language(tokenizer: Any, language: str) -> defaultdict[str, float]:
     return forms
 
 
-def _word_list(language: str) -> dict[str, float]:
-    """The words of a language in lower case with their shares, without those that hold digits."""
+def has_word_list(language: str) -> bool:
+    """Whether words of a language have known frequencies. Raises RuntimeMissing without `wordfreq`."""
+    return language in _wordfreq().available_languages("best")
+
+
+def _wordfreq() -> Any:
     try:
         import wordfreq
     except ImportError:
         raise RuntimeMissing(
             "Choosing a vocabulary by language needs the package wordfreq: pip install 'packlight[fit]'."
         ) from None
+    return wordfreq
+
+
+def _word_list(language: str) -> dict[str, float]:
+    """The words of a language in lower case with their shares, without those that hold digits."""
+    wordfreq = _wordfreq()
     known = sorted(wordfreq.available_languages("best"))
     if language not in known:
         raise DataError(

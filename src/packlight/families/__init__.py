@@ -92,6 +92,7 @@ class Family:
         multiply_adds: (module, path) -> multiply-adds of that layer for `unit`.
         unit: the amount of work that multiply-adds are given for, in words.
         reads: key of the batches' token ids, which the tied table is looked up by.
+        window: seconds of a sample that a batch holds.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Family:
     multiply_adds: Callable[[nn.Module, str], int]
     unit: str
     reads: str
+    window: float
 
     def part_of(self, path: str) -> Part | None:
         """The part that a layer belongs to, or None."""

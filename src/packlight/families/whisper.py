@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from packlight.audio import RATE
 from packlight.errors import DataError, ModelError
 from packlight.families import Batch, Family, Part, Tower
 from packlight.families.ctranslate2 import config_values, is_ctranslate2, read_variables, state_dict
 from packlight.families.whisper_graphs import graphs
 
-RATE = 16000
 _LANGUAGE = re.compile(r"^<\|([a-z]{2,3})\|>$")
 
 
@@ -339,6 +339,7 @@ FAMILY = Family(
     multiply_adds=multiply_adds,
     unit="30 s of audio and 25 tokens of text",
     reads="decoder_input_ids",
+    window=30.0,
 )
 
 

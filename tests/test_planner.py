@@ -1,0 +1,94 @@
+"""The front of plans, from planted sensitivities."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from packlight.families import whisper
+from packlight.plan import Step
+from packlight.planner import front, levels_between
+from packlight.sensitivity import Level, Pruning
+
+TABLE = "vocabulary table and head"
+ORIGIN: tuple[dict[str, Any], int] = ({}, 0)
+
+
+def curve(part: str, kl: float, finest: int = 6000) -> list[Level]:
+    """A part that loses `kl` at 3 bits and a quarter of it per bit more."""
+    rated = [Level(part, r, int(1000 * r), kl * 4 ** (3 - r), 0.0) for r in (4.0, 3.0, 2.25)]
+    return [Level(part, None, finest, kl * 4 ** (3 - finest / 1000), 0.0), *rated]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return SimpleNamespace(module=whisper.tiny(), family=whisper.FAMILY)
+
+
+def rates(plan: Any) -> dict[str, float | None]:
+    return {s.reason.partition(":")[0]: s.config.get("rate") for s in plan.steps if s.technique == "error_feedback"}
+
+
+def test_levels_between_lie_on_the_curve() -> None:
+    for level in levels_between(curve("x", 0.01)):
+        if level.rate:
+            assert level.kl == pytest.approx(0.01 * 4 ** (3 - level.rate), rel=1e-6)
+            assert level.bytes == pytest.approx(1000 * level.rate, abs=2)
+
+
+def test_a_finest_grid_that_is_coarse_bounds_nothing() -> None:
+    levels = levels_between([Level("x", None, 3400, 0.02, 0.0), *curve("x", 0.01)[1:]])
+    above = [lv for lv in levels if lv.rate and lv.rate > 4]
+    assert above
+    assert all(lv.kl < 0.0025 and lv.bytes > 4000 for lv in above)
+
+
+def test_the_part_that_minds_more_gets_more_bits(model: Any) -> None:
+    levels = [*curve("encoder attention", 0.001), *curve("decoder feed-forward", 0.064)]
+    plans = [p for p in front(model, levels, {}, [Pruning()], ORIGIN) if p.name.startswith("p")]
+    between = [r for p in plans if None not in (r := rates(p)).values() and 2.25 not in r.values()]
+    assert between
+    for found in between:  # 64 times the loss is three bits, as far as the rates reach
+        assert found["decoder feed-forward"] > found["encoder attention"]
+    sizes, losses = [p.expected["bytes"] for p in plans], [p.expected["kl"] for p in plans]
+    assert sizes == sorted(sizes)
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_the_largest_plan_has_the_least_loss_however_little_its_bytes_buy(model: Any) -> None:
+    grouped = Level(TABLE, 8.0, 10_000_000, 1e-9, 0.0, technique="group_weights")
+    plans = front(model, [*curve(TABLE, 1e-6), grouped], {}, [Pruning()], ORIGIN)
+    largest = max((p for p in plans if p.name.startswith("p")), key=lambda p: p.expected["bytes"])
+    assert largest.steps[0].technique == "group_weights"
+    slow = next(p for p in plans if p.name == "f01")
+    assert slow.steps[0].technique == "group_weights"  # no less exact than the plan that it replaces
+
+
+def best(plans: list[Any], size: float) -> float:
+    """The least predicted loss among 8-bit plans of that many bytes."""
+    return min((p.expected["kl"] for p in plans if p.name.startswith("p") and p.expected["bytes"] <= size), default=9.0)
+
+
+def test_pruning_is_taken_only_where_it_costs_less_than_bits(model: Any) -> None:
+    step = Step("prune_vocabulary", {}, ("*",), "planted")
+    levels = [*curve(TABLE, 0.01), *curve("encoder attention", 0.01)]
+    plain = front(model, levels, {}, [Pruning()], ORIGIN)
+    both = front(model, levels, {}, [Pruning(), Pruning(0.5, 0.005, step)], ORIGIN)
+    pruned = [p for p in both if p.steps[0].technique == "prune_vocabulary"]
+    assert 0 < len(pruned) < len(both) - 2
+    for plan in pruned:
+        assert plan.expected["kl"] < best(plain, plan.expected["bytes"])
+    dear = front(model, levels, {}, [Pruning(), Pruning(0.5, 5.0, step)], ORIGIN)
+    least = min(p.expected["bytes"] for p in plain)
+    assert all(p.expected["bytes"] < least for p in dear if p.steps[0].technique == "prune_vocabulary")
+
+
+def test_rows_are_rounded_each_for_itself_where_that_is_worth_its_time(model: Any) -> None:
+    levels = [*curve("encoder attention", 0.01), *curve("encoder feed-forward", 0.01)]
+    rounding = {
+        "encoder attention": {"int8": 2e-6, "int8_rows": 1e-6},
+        "encoder feed-forward": {"int8": 1e-3, "int8_rows": 1e-5},
+    }
+    plan = front(model, levels, rounding, [Pruning()], ORIGIN)[0]
+    modes = {s.reason.partition(":")[0]: s.config["activations"] for s in plan.steps if "activations" in s.config}
+    assert modes == {"encoder attention": "int8", "encoder feed-forward": "int8_rows"}

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["refusals", "vocabularies"]  # fixtures that several files share
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

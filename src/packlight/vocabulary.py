@@ -3,7 +3,8 @@
 The smaller tokenizer is exact on covered text: where the old one gives only kept tokens, both give the same ones. For
 BPE that holds because every kept token keeps the pieces it is merged from, down to single bytes. On such text each
 merge that the old tokenizer makes is then still there, still in the same order, and no new one comes between. Any
-other text falls back to smaller pieces, at worst to bytes, and decodes to the same string.
+other text falls back to smaller pieces, at worst to bytes, and decodes to the same string. WordPiece is exact likewise;
+Unigram too, but where two segmentations have the very same score, either may be taken.
 
 New ids are consecutive in the old order, so what relies on the order of ids (text before the end token, timestamps
 last and consecutive) goes on to hold.

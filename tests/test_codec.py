@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
-from packlight.codec import coded_bytes, decode, encode, entropy, read_weights, write_weights
+from packlight.codec import coded_bytes, coded_rate, decode, encode, entropy, read_weights, write_weights
 from packlight.errors import BundleError
 
 DTYPES = ("int8", "uint8", "int32", "int64", "float16", "float32", "bool")
@@ -156,3 +157,52 @@ def test_weights_file_is_refused_when_its_index_does_not_match(tmp_path: Path) -
         list(read_weights(tmp_path / "w"))
     write_raw(tmp_path / "w", {"a": blob}, {"a": entry})
     assert [name for name, _ in read_weights(tmp_path / "w")] == ["a"]
+
+
+def matrix(rows: int = 300, columns: int = 500, seed: int = 3) -> np.ndarray:
+    """Codes whose spread differs by row and by column, a factor of about 2 each way."""
+    rng = np.random.default_rng(seed)
+    spread = np.exp2(rng.uniform(-1, 1, (rows, 1))) * np.exp2(rng.uniform(-1, 1, (1, columns)))
+    return np.rint(rng.normal(0, 3, (rows, columns)) * spread).clip(-63, 63).astype(np.int8)
+
+
+def bits_of(tmp_path: Path, codes: np.ndarray) -> float:
+    write_weights(tmp_path / "w", {"w": codes})
+    assert np.array_equal(dict(read_weights(tmp_path / "w"))["w"], codes)
+    return 8 * (tmp_path / "w").stat().st_size / codes.size
+
+
+def test_matrices_are_coded_below_their_plain_entropy(tmp_path: Path) -> None:
+    codes = matrix()
+    assert bits_of(tmp_path, codes) < entropy(codes) - 0.1
+    assert bits_of(tmp_path, codes) == pytest.approx(coded_rate(codes), abs=0.15)  # states and tables of a small file
+
+
+def test_a_mean_of_each_row_costs_nothing(tmp_path: Path) -> None:
+    codes = matrix().clip(-30, 30)
+    moved = codes + np.random.default_rng(4).integers(-90, 90, (len(codes), 1)).astype(np.int8)
+    assert moved.dtype == np.int8
+    assert bits_of(tmp_path, moved) < bits_of(tmp_path, codes) + 0.03
+    assert coded_rate(moved) < coded_rate(codes) + 0.03
+    assert entropy(moved) > entropy(codes) + 1
+
+
+def test_groups_are_decoded_each_for_itself(tmp_path: Path) -> None:
+    arrays = {"a": matrix(seed=1), "b": matrix(seed=2), "c": matrix(seed=3), "d": np.arange(9, dtype=np.float32)}
+    write_weights(tmp_path / "w", arrays, {"a": "encoder", "b": "decoder", "c": "encoder"})
+    with safe_open(tmp_path / "w", "numpy") as file:
+        chunks = [n for n in file.keys() if n.startswith("ans/")]  # noqa: SIM118 - no mapping
+    assert sorted(chunks) == ["ans/decoder/0", "ans/encoder/0"]
+    for wanted in (["a"], ["b", "d"], ["c", "a", "nothing"]):
+        found = dict(read_weights(tmp_path / "w", wanted))
+        assert sorted(found) == sorted(set(wanted) & set(arrays))
+        assert all(np.array_equal(found[n], arrays[n]) for n in found)
+
+
+def test_a_damaged_chunk_is_refused(tmp_path: Path) -> None:
+    write_weights(tmp_path / "w", {"w": matrix()})
+    data = bytearray((tmp_path / "w").read_bytes())
+    data[len(data) // 2] ^= 4
+    (tmp_path / "w").write_bytes(data)
+    with pytest.raises(BundleError, match="damaged"):
+        dict(read_weights(tmp_path / "w"))

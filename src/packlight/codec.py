@@ -1,8 +1,9 @@
 """Arrays to bytes and back, without loss and as small as their entropy allows. No torch: this runs on the device.
 
-Matrices of integer codes have a spread that differs by row and by column, and little structure beside. Each row and
-column has a level, a quarter of an octave of its root mean square; the sum of both says which of some fifty tables of
-probabilities a code is coded with, by asymmetric numeral systems (`packlight.rans`). Other bytes get a Huffman code
+Matrices of integer codes have a spread that differs by row and by column, and little structure beside; rows of a table
+of embeddings, turned so that a row is a dimension, also have a mean. Each row has a centre, which is taken off, and
+each row and column a level, a quarter of an octave of what is left's root mean square; the sum of both levels says
+which of some fifty tables of probabilities a code is coded with, by asymmetric numeral systems (`packlight.rans`). Other bytes get a Huffman code
 where it pays, by zlib's Huffman-only mode, and floats are stored as float16 where that is exact. docs/measure.md has
 what other coders need.
 
@@ -103,13 +104,17 @@ def _counts(codes: Array) -> Array:
     return np.unique(codes, return_counts=True)[1]
 
 
-def levels(codes: Array) -> tuple[Array, Array]:
-    """Levels of the rows and columns of a matrix of codes: int8 [rows] and [columns], whose sums name the tables."""
-    square = np.square(codes, dtype=np.float32)
+def shape_of(codes: Array) -> tuple[Array, Array, Array]:
+    """Centres of the rows of a matrix of codes, int8 [rows], and levels of its rows and columns, int8 [rows], [columns].
+
+    The sums of the levels name the tables.
+    """
+    centres = np.rint(codes.mean(1, dtype=np.float64)).clip(-128, 127).astype(np.int8)
+    square = np.square(codes - centres[:, None].astype(np.float32), dtype=np.float32)
     rows, columns = square.mean(1) + _FLOOR, square.mean(0) + _FLOOR
     first = np.rint(2 * np.log2(rows)).clip(-64, 63)
     second = np.rint(2 * np.log2(columns / columns.mean())).clip(-64, 63)
-    return first.astype(np.int8), second.astype(np.int8)
+    return centres, first.astype(np.int8), second.astype(np.int8)
 
 
 def tables_of(rows: Array, columns: Array) -> Array:
@@ -122,16 +127,18 @@ def coded_rate(codes: Array) -> float:
     """Bits per code that a matrix of codes takes in a weights file of which it is a small part."""
     if codes.ndim != 2 or not codes.size:
         return entropy(codes)
-    low = int(codes.min())
-    width = min(int(codes.max()) - low + 1, _WIDEST)
-    symbols = (codes.reshape(-1).astype(np.int32) - low) % width
-    tables = tables_of(*levels(codes)).reshape(-1).astype(np.int32)
+    centres, rows, columns = shape_of(codes)
+    left = (codes - centres[:, None]).reshape(-1).astype(np.int32)
+    low = int(left.min())
+    width = min(int(left.max()) - low + 1, _WIDEST)
+    symbols = (left - low) % width
+    tables = tables_of(rows, columns).reshape(-1).astype(np.int32)
     counts = np.bincount(tables * width + symbols, minlength=_TABLES * width)
     counts = counts.reshape(_TABLES, -1).astype(np.float64)
     used = counts > 0
     total = np.broadcast_to(counts.sum(1, keepdims=True), counts.shape)
     bits = float(-(counts[used] * np.log2(counts[used] / total[used])).sum())
-    return (bits + _LEVEL_BITS * sum(codes.shape)) / codes.size
+    return (bits + _LEVEL_BITS * (2 * len(codes) + codes.shape[1])) / codes.size
 
 
 def write_weights(path: Path, arrays: Mapping[str, Array], groups: Mapping[str, str] | None = None) -> None:
@@ -153,8 +160,7 @@ def write_weights(path: Path, arrays: Mapping[str, Array], groups: Mapping[str, 
         if array.dtype == np.int8 and array.ndim == 2 and array.size >= _SMALL:
             chunk = _chunk(chunks, (groups or {}).get(name, "all"), arrays, array.size)
             chunks[chunk].append(name)
-            first, second = levels(array)
-            blobs[name] = zlib.compress(first.tobytes() + second.tobytes(), 9)
+            blobs[name] = zlib.compress(b"".join(part.tobytes() for part in shape_of(array)), 9)
             index[name].update(coding="ans", chunk=chunk)
         else:
             blobs[name], index[name]["coding"] = encode(array)
@@ -177,8 +183,10 @@ def _chunk(chunks: dict[str, list[str]], label: str, arrays: Mapping[str, Array]
 
 
 def _encode_chunk(arrays: list[Array]) -> bytes:
-    tables = np.concatenate([tables_of(*levels(a)).reshape(-1) for a in arrays])
-    symbols = np.concatenate([a.reshape(-1) for a in arrays]).view(np.uint8)
+    shapes = [shape_of(a) for a in arrays]
+    tables = np.concatenate([tables_of(rows, columns).reshape(-1) for _, rows, columns in shapes])
+    centred = [a - c[:, None] for a, (c, _, _) in zip(arrays, shapes, strict=True)]  # modulo 256, and back likewise
+    symbols = np.concatenate([a.reshape(-1) for a in centred]).view(np.uint8)
     counts = np.bincount(tables.astype(np.int32) * 256 + symbols, minlength=_TABLES * 256).reshape(_TABLES, 256)
     freq = rans.frequencies(counts)
     head = zlib.compress(freq.astype("<u2").tobytes(), 9)
@@ -186,26 +194,29 @@ def _encode_chunk(arrays: list[Array]) -> bytes:
 
 
 def _decode_chunk(data: memoryview, members: list[tuple[str, tuple[int, ...], memoryview]]) -> dict[str, Array]:
-    """The arrays of a chunk: (name, shape, coded levels) in the order in which they were written."""
+    """The arrays of a chunk: (name, shape, coded centres and levels) in the order in which they were written."""
     found, at = {}, 0
-    tables = np.concatenate([_read_levels(shape, coded).reshape(-1) for _, shape, coded in members])
+    shapes = [_read_shape(shape, coded) for _, shape, coded in members]
+    tables = np.concatenate([tables_of(rows, columns).reshape(-1) for _, rows, columns in shapes])
     size = int.from_bytes(data[:4], "little")
     freq = np.frombuffer(_inflate(data[4 : 4 + size], 512 * _TABLES, 15), "<u2").astype(np.int64).reshape(_TABLES, 256)
     if (freq.sum(1) != 1 << rans.BITS).any():
         raise BundleError("The tables of the coded weights are damaged.")
     codes = rans.decode(data[4 + size :], tables, freq).view(np.int8)
-    for name, shape, _ in members:
+    for (name, shape, _), (centres, _, _) in zip(members, shapes, strict=True):
         count = shape[0] * shape[1]
         found[name] = codes[at : at + count].reshape(shape)
+        found[name] += centres[:, None]
         at += count
     return found
 
 
-def _read_levels(shape: tuple[int, ...], coded: memoryview) -> Array:
+def _read_shape(shape: tuple[int, ...], coded: memoryview) -> tuple[Array, Array, Array]:
     if len(shape) != 2 or min(shape) < 1 or shape[0] * shape[1] > _MAX_BYTES:
         raise BundleError(f"The weights file names a coded matrix of shape {list(shape)}; that can't be right.")
-    both = np.frombuffer(_inflate(coded, sum(shape), 15), np.int8)
-    return tables_of(both[: shape[0]], both[shape[0] :])
+    rows, columns = shape
+    parts = np.frombuffer(_inflate(coded, 2 * rows + columns, 15), np.int8)
+    return parts[:rows], parts[rows : 2 * rows], parts[2 * rows :]
 
 
 def _inflate(data: memoryview | bytes, size: int, window: int) -> bytes:

@@ -278,7 +278,8 @@ def distortion(weight: Tensor, approximation: Tensor, gram: Tensor | None = None
 
 def rate_of(codes: Tensor) -> float:
     """Bits per weight that the weights file spends on codes [out, in], given the spread of their rows and columns."""
-    return coded_rate(codes.numpy())
+    turned = codes.T if codes.dim() == 2 else codes  # as the file has them: a row is an input
+    return coded_rate(turned.numpy())
 
 
 def bound(weight: Tensor, gram: Tensor, loss: float) -> float:

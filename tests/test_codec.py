@@ -159,7 +159,7 @@ def test_weights_file_is_refused_when_its_index_does_not_match(tmp_path: Path) -
     assert [name for name, _ in read_weights(tmp_path / "w")] == ["a"]
 
 
-def matrix(rows: int = 300, columns: int = 500, seed: int = 3) -> np.ndarray:
+def matrix(rows: int = 1200, columns: int = 1500, seed: int = 3) -> np.ndarray:
     """Codes whose spread differs by row and by column, a factor of about 2 each way."""
     rng = np.random.default_rng(seed)
     spread = np.exp2(rng.uniform(-1, 1, (rows, 1))) * np.exp2(rng.uniform(-1, 1, (1, columns)))

@@ -137,7 +137,6 @@ def _of_bundle(name: str, asked: Asked) -> tuple[Reply, Callable[[Any], str]]:
 
 def _of_model(name: str, asked: Asked) -> tuple[Reply, Callable[[Any], str]]:
     import torch
-    from tokenizers import Tokenizer
 
     from packlight.loading import load
 
@@ -145,10 +144,8 @@ def _of_model(name: str, asked: Asked) -> tuple[Reply, Callable[[Any], str]]:
     model = load(name, trust_remote_code=asked.trust_remote_code)
     family, task = model.family, asked.task or "transcribe"
     family.prompt(model.settings, asked.language, task)  # raises for a language or task that it does not know
-    tokenizer = Tokenizer.from_str(model.tokenizer)
-
     def reply(audio: Any) -> tuple[list[int], str | None]:
         language = asked.language or family.detect_language(model.module, audio, model.settings)
         return family.answer(model.module, audio, model.settings, language, task), language
 
-    return reply, lambda ids: str(tokenizer.decode(list(ids)))
+    return reply, model.decoder()

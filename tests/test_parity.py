@@ -1,0 +1,68 @@
+"""The rung 'each part agrees with torch': every graph is compared, and a wrong one is noticed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import packlight
+from packlight.deploy import parity
+from packlight.loading import load
+from packlight.serve import open_served
+from small_whisper import save_model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A model, and its bundle in floats, opened."""
+    base = tmp_path_factory.mktemp("parity")
+    model = save_model(base / "model")
+    bundle = packlight.apply(str(model), packlight.Plan((packlight.Step("float16"),)), None, base / "out")
+    return model, open_served(bundle, 1)
+
+
+def halves(model: Any) -> Any:
+    """The weights as the bundle has them."""
+    for parameter in model.module.parameters():
+        parameter.data.copy_(parameter.data.half().float())
+    return model
+
+
+def batch() -> dict[str, torch.Tensor]:
+    return {"input_features": torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(1))}
+
+
+def test_a_right_bundle_agrees_in_every_graph(made: tuple[Path, Any]) -> None:
+    model, served = made
+    found = parity(halves(load(str(model))), served, [batch()])
+    assert found["passed"]
+    assert found["noise"] == 0
+    assert found["error"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("path", "graph"),
+    [("model.encoder.layers.0.fc2", "encoder"), ("model.decoder.layers.1.self_attn.out_proj", "decoder")],
+)
+def test_a_wrong_graph_is_named(made: tuple[Path, Any], path: str, graph: str) -> None:
+    model, served = made
+    other = halves(load(str(model)))
+    other.module.get_submodule(path).weight.data.mul_(1.5)
+    found = parity(other, served, [batch()])
+    assert not found["passed"]
+    assert found["graph"] == graph
+
+
+def test_a_decoder_that_forgets_its_mask_is_noticed(made: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, served = made
+    other = halves(load(str(model)))
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def unmasked(*args: Any, attn_mask: Any = None, is_causal: bool = False, **rest: Any) -> Any:
+        return attend(*args, **rest)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", unmasked)
+    found = parity(other, served, [batch()])
+    assert not found["passed"]
+    assert found["graph"] == "decoder"

@@ -144,6 +144,7 @@ def _of_model(name: str, asked: Asked) -> tuple[Reply, Callable[[Any], str]]:
     model = load(name, trust_remote_code=asked.trust_remote_code)
     family, task = model.family, asked.task or "transcribe"
     family.prompt(model.settings, asked.language, task)  # raises for a language or task that it does not know
+
     def reply(audio: Any) -> tuple[list[int], str | None]:
         language = asked.language or family.detect_language(model.module, audio, model.settings)
         return family.answer(model.module, audio, model.settings, language, task), language

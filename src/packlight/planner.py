@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
+from packlight.families import Part
 from packlight.model import Model
 from packlight.plan import Plan, Step
 from packlight.sensitivity import Level, Pruning, settings
@@ -134,6 +137,12 @@ def _modes(rounding: Activations, weights: float) -> dict[str, tuple[str, float,
 
 
 _STEPWISE = ("int8", 0.0, "8-bit activations, because integer kernels are the fast ones")
+_LOOKED_UP = ("int8", 0.0, "looked up, never multiplied, so it has no activations")
+
+
+def _only_lookups(model: Model, part: Part) -> bool:
+    layers = [layer for path, layer in model.module.named_modules() if part.has(path)]
+    return bool(layers) and all(isinstance(layer, nn.Embedding) for layer in layers)
 
 
 def _plan(
@@ -146,7 +155,7 @@ def _plan(
     steps = [] if choice.vocabulary.step is None else [choice.vocabulary.step]
     for level in choice.levels:
         part = next(p for p in model.family.parts if p.name == level.part)
-        mode, _, why = modes.get(level.part, _STEPWISE)
+        mode, _, why = modes.get(level.part, _LOOKED_UP if _only_lookups(model, part) else _STEPWISE)
         groups = level.technique == "group_weights"
         rate = f"{level.rate:g} bits per weight" if level.rate else "the finest 7-bit grid"
         codes = settings(model, level.part, level.rate) | {"activations": mode}

@@ -11,13 +11,14 @@ import torch
 from packlight.compress import check, compress_
 from packlight.errors import BundleError, PlanError
 from packlight.families import Batch, Graph, whisper
-from packlight.layers import CodeLinear, matrix
+from packlight.layers import CodeLinear
 from packlight.model import Model, Source
 from packlight.observe import grams
 from packlight.plan import Plan, Step
 from packlight.quant import LIMIT, distortion
 from packlight.runtimes.onnx import external_names, open_graphs
 from packlight.runtimes.onnx_export import export
+from packlight.windows import matrix
 
 REST = Step("float16")
 CODES = Step("error_feedback", {"rate": 5.0}, ("model.encoder.conv*", "model.*coder.layers.*"))

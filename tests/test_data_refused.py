@@ -36,7 +36,7 @@ def test_read_dataset_refuses_a_single_recording(tmp_path: Path) -> None:
         ('{"n": ' + "1" * 5000 + "}", "m.jsonl line 2 is no JSON"),
         (
             {"text": "x", "lang": "en"},
-            "m.jsonl line 2 names no file: it needs one of file_name, audio, path, audio_filepath, "
+            "m.jsonl line 2 names no file: it needs one of file_name, audio, image, path, audio_filepath, "
             "its keys are: lang, text",
         ),
         ({}, "its keys are: none"),

@@ -15,15 +15,13 @@ from packlight.layers import (
     GroupLinear,
     build,
     fake_int8,
-    matrix,
-    matrix_inputs,
-    pack,
     replace_,
-    unpack,
 )
+from packlight.packing import pack, unpack
 from packlight.quant import LIMIT
 from packlight.techniques.codes import CodesConfig, round_to_nearest
 from packlight.techniques.groups import GroupsConfig, group_weights
+from packlight.windows import matrix, matrix_inputs
 
 CODES = CodesConfig(activations="float")
 GROUPS = [GroupsConfig(bits=4, group=16), GroupsConfig(bits=8, group=32), GroupsConfig(bits=4, group=64)]
@@ -111,7 +109,7 @@ def test_matrix_and_its_inputs_multiply_to_the_output(layer: nn.Module) -> None:
 @pytest.mark.parametrize(
     "layer",
     [nn.Conv1d(4, 4, 3, groups=2), nn.Conv1d(4, 4, 3, dilation=2), nn.Conv1d(4, 4, 3, padding_mode="circular"),
-     nn.Conv2d(4, 4, 3), nn.LayerNorm(4)],
+     nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, dilation=2), nn.LayerNorm(4)],
 )  # fmt: skip
 def test_matrix_refuses_layers_that_it_would_get_wrong(layer: nn.Module) -> None:
     with pytest.raises(PlanError):
@@ -149,7 +147,7 @@ def test_int8_activations_change_the_output_as_rounding_the_input_does() -> None
 
 
 def test_build_refuses_pairs_that_do_not_exist() -> None:
-    for layer, kind in ((nn.LayerNorm(4), "codes"), (nn.Linear(4, 4), "ternary"), (nn.Conv2d(1, 1, 1), "codes")):
+    for layer, kind in ((nn.LayerNorm(4), "codes"), (nn.Linear(4, 4), "ternary"), (nn.Conv3d(1, 1, 1), "codes")):
         with pytest.raises(PlanError, match=r"decoder\.x"):
             build(layer, Edit("decoder.x", kind))
 

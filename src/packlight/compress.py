@@ -5,13 +5,11 @@ the compressed blocks before it. A wave is what is compressed between two measur
 first block, each block, and last the layers after all towers (the head).
 """
 
-import contextlib
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from packlight.errors import PlanError
-from packlight.families import Batch, Tower
-from packlight.layers import Edit, matrix
+from packlight.families import Batch
+from packlight.layers import Edit
 from packlight.model import Model
-from packlight.observe import grams, token_use
 from packlight.plan import Plan, StepRecord, write_json
 from packlight.quant import bound, distortion
 from packlight.tables import TECHNIQUES
@@ -30,6 +27,8 @@ from packlight.techniques import Compressed, Technique
 from packlight.techniques.prune_vocabulary import PRUNE_VOCABULARY, prune_
 from packlight.techniques.tune_scales import TUNE_SCALES, tune_
 from packlight.vocabulary_rewrite import decode_ids, remap_ids
+from packlight.waves import Measure, wave_names, waves
+from packlight.windows import matrix
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -151,13 +150,13 @@ def compress_(
     batches = _prune(model, plan, batches)
     tuning = _config_of(plan, TUNE_SCALES)
     teacher = copy.deepcopy(model.module) if tuning is not None else None
-    total = sum(1 for _ in _wave_names(model))
+    total = sum(1 for _ in wave_names(model))
     records: list[StepRecord] = []
     torch.manual_seed(plan.seed)
     need = any(a.needs_gram for a in found.values())
     tied = {head: table for table, head in model.family.tied if _is_tied(model.module, table, head)}
     with torch.inference_mode(False), torch.no_grad():
-        for number, (layers, sums) in enumerate(_waves(model, batches if need else [])):
+        for number, (layers, sums) in enumerate(waves(model, batches if need else [])):
             records += _wave(model, layers, sums, found, tied, work / f"wave_{number:03d}")
             if progress:
                 progress("compressing", number + 1, total)
@@ -186,108 +185,6 @@ def old_ids(plan: Plan) -> tuple[int, ...] | None:
     """The ids that the original's vocabulary has for those of a pruned one, in their order; None when none is pruned."""
     config = _config_of(plan, PRUNE_VOCABULARY)
     return None if config is None else decode_ids(config.kept)[0]
-
-
-Measure = Callable[[], dict[str, Tensor]]
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def _wave_names(model: Model) -> Iterator[str]:
-    for tower in model.family.towers:
-        yield tower.name
-        yield from (f"{tower.name} {i}" for i in range(_blocks(model.module, tower)))
-    yield "head"
-
-
-def _waves(model: Model, batches: Sequence[Batch]) -> Iterator[tuple[list[str], Measure]]:
-    """(paths of a wave's layers, function that measures their Gram matrices), each after the waves before it.
-
-    The measurement is a function because a wave that an earlier run finished does not need it.
-    """
-    module, family = model.module, model.family
-    layers = model.layers()
-    last = [path for pair in family.tied for path in pair]
-    for index, tower in enumerate(family.towers):
-        blocks = f"{tower.blocks}."
-        root = tower.blocks.rpartition(".")[0] + "."
-        front = [p for p in layers if p.startswith(root) and not p.startswith(blocks) and p not in last]
-        yield front, partial(_measure_front, model, batches, tower, front)
-        carried: list[Call] = []  # the calls of the next block; empty when they must be found afresh
-        for i in range(_blocks(module, tower)):
-            paths = [p for p in layers if p.startswith(f"{blocks}{i}.")]
-            yield paths, partial(_measure_block, model, batches, tower, i, carried)
-            if carried:
-                carried[:] = _run_block(module.get_submodule(f"{blocks}{i}"), carried)
-        if index == 0 and batches:
-            batches = [family.encode(module, batch) for batch in batches]
-    yield [p for p in last if p in layers], partial(_measure_head, model, batches)
-
-
-def _blocks(module: nn.Module, tower: Tower) -> int:
-    return len(list(module.get_submodule(tower.blocks).children()))
-
-
-def _measure_front(model: Model, batches: Sequence[Batch], tower: Tower, paths: list[str]) -> dict[str, Tensor]:
-    with grams(_watched(model.module, paths)) as sums:
-        _calls_of_block(model, batches, tower, 0)
-    return sums
-
-
-def _measure_block(
-    model: Model, batches: Sequence[Batch], tower: Tower, index: int, carried: list[Call]
-) -> dict[str, Tensor]:
-    if not carried:
-        carried.extend(_calls_of_block(model, batches, tower, index))
-    block = model.module.get_submodule(f"{tower.blocks}.{index}")
-    names = [f"{tower.blocks}.{index}.{name}" for name, _ in block.named_modules() if name]
-    with grams(_watched(model.module, names)) as sums:
-        _run_block(block, carried)
-    return sums
-
-
-def _measure_head(model: Model, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    family, module = model.family, model.module
-    with grams(_watched(module, [head for _, head in family.tied])) as sums:
-        use = token_use((family.run(module, b) for b in batches), [b[family.reads] for b in batches])
-    return {**sums, **{f"{table}.use": use for table, _ in family.tied}}
-
-
-def _watched(module: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
-    found = {p: module.get_submodule(p) for p in paths}
-    return {p: layer for p, layer in found.items() if isinstance(layer, nn.Linear | nn.Conv1d)}
-
-
-class _Reached(Exception):  # noqa: N818 - not an error: the pass has gone as far as it was wanted
-    pass
-
-
-def _calls_of_block(model: Model, batches: Sequence[Batch], tower: Tower, index: int) -> list[Call]:
-    """The arguments with which a block is called, for each batch. The pass stops there."""
-    caught: list[Call] = []
-
-    def catch(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append((args, kwargs))
-        raise _Reached
-
-    block = model.module.get_submodule(f"{tower.blocks}.{index}")
-    handle = block.register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        for batch in batches:
-            with contextlib.suppress(_Reached):
-                model.family.run(model.module, batch)
-    finally:
-        handle.remove()
-    return caught
-
-
-def _run_block(block: nn.Module, inputs: Sequence[Call]) -> list[Call]:
-    """Run a block on what was caught; its output takes the place of its first argument."""
-    result: list[Call] = []
-    for args, kwargs in inputs:
-        out = block(*args, **kwargs)
-        out = out[0] if isinstance(out, tuple) else out
-        result.append(((out, *args[1:]), kwargs))
-    return result
 
 
 def _wave(

@@ -1,23 +1,34 @@
-"""Samples of speech: which files, what was said in them, and which of them calibrate and which evaluate.
+"""Samples: which recordings or pictures, the words that go with them, and which calibrate and which evaluate.
 
-Reads the layouts people have: a Hugging Face audiofolder, a manifest of JSON lines, a `datasets` folder, or
-bare audio files. What can be wrong with them is found here, before hours of work start, and told all at once.
+Reads the layouts people have: a Hugging Face audiofolder or imagefolder, a manifest of JSON lines, a `datasets` folder, or
+bare files. What can be wrong with them is found here, before hours of work start, and told all at once.
 """
 
-import csv
 import hashlib
-import io
 import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from packlight.audio import audio_seconds
 from packlight.errors import DataError
+from packlight.images import SUFFIXES as _IMAGE_SUFFIXES
+from packlight.images import read_image
+from packlight.listing import (
+    FILE_KEYS,
+    csv_rows,
+    files_below,
+    is_file,
+    json_rows,
+    librispeech,
+    printable,
+    read_text,
+    some,
+)
 
 CALIBRATION_LIMIT = 128  # more samples no longer change a Gram matrix by much
 
@@ -26,23 +37,28 @@ _AUDIO_SUFFIXES = frozenset(
 )
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _TABLE_FILES = ("state.json", "dataset_info.json")
-_FILE_KEYS = ("file_name", "audio", "path", "audio_filepath")
 _TEXT_KEYS = ("text", "transcription", "sentence")
+_TEXTS_KEYS = ("texts", "captions")
 _LAYOUTS = (
-    "a folder with audio files and metadata.jsonl, a .jsonl manifest, a datasets folder, or a folder of audio files"
+    "a folder with audio files and metadata.jsonl, a .jsonl manifest, a datasets folder, or a folder of audio files "
+    "(pictures alike)"
 )
+TEMPLATES = ("a photo of a {}.",)  # what a label is asked with, where nobody says otherwise
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One recording.
+    """One recording or picture.
 
     Args:
         id: its path within the dataset, without suffix (with it, where two files differ in nothing else).
-        path: the audio file.
-        text: what is said in it; None when unknown, "" when nothing is said.
-        seconds: its length, from its header.
+        path: the audio or image file.
+        text: what is said in it, or its first caption; None when unknown, "" when nothing is said.
+        seconds: its length, from its header; 0 for pictures.
         sha256: of the file's bytes.
+        texts: all its captions; of a sample with a label alone, the label's prompts.
+        label: the class that it belongs to, or None.
+        modality: 'audio' or 'image'.
     """
 
     id: str
@@ -50,6 +66,9 @@ class Sample:
     text: str | None
     seconds: float
     sha256: str
+    texts: tuple[str, ...] = ()
+    label: str | None = None
+    modality: str = "audio"
 
 
 @dataclass(frozen=True)
@@ -72,7 +91,11 @@ class Dataset:
     @property
     def sha256(self) -> str:
         """Hash of the audio and transcripts; the same wherever the files lie, and in whatever order."""
-        contents = sorted(json.dumps([s.sha256, s.text]) for s in self.samples)
+
+        def more(s: Sample) -> list[Any]:
+            return [] if s.label is None and s.texts in ((), (s.text,)) else [list(s.texts), s.label]
+
+        contents = sorted(json.dumps([s.sha256, s.text, *more(s)]) for s in self.samples)
         return hashlib.sha256("\n".join(contents).encode()).hexdigest()
 
     @property
@@ -80,12 +103,24 @@ class Dataset:
         """Whether every sample has a transcript."""
         return bool(self.samples) and all(s.text is not None for s in self.samples)
 
+    @property
+    def by_label(self) -> bool:
+        """Whether every sample is known by its label alone."""
+        return bool(self.samples) and all(s.label is not None and s.text is None for s in self.samples)
+
+    @property
+    def modality(self) -> str:
+        """'audio' or 'image'."""
+        return self.samples[0].modality
+
 
 @dataclass(frozen=True)
 class _Entry:
     path: Path
     text: str | None
     where: str  # the file and line that list it
+    texts: tuple[str, ...] = ()
+    label: str | None = None
     name: str | None = None  # within the dataset, where the file's own path says nothing
 
 
@@ -117,18 +152,18 @@ def read_dataset(source: Path, *, need_text: bool = False) -> Dataset:
     """
     root = Path(os.path.normpath(Path(source).absolute()))
     problems: _Problems = {}
-    if _is_file(root):
+    if is_file(root):
         if root.suffix.lower() not in (".jsonl", ".json"):
             raise DataError(f"{source} is a file, but no .jsonl manifest. Give {_LAYOUTS}.")
         entries = list(_listed(root, root.name, None, problems))
-    elif _is_file(root, stat.S_IFDIR):
+    elif is_file(root, stat.S_IFDIR):
         entries = _from_folder(root, problems)
     else:
         raise DataError(f"There is no data at {source}. Give {_LAYOUTS}.")
-    samples = _checked(root.parent if _is_file(root) else root, entries, problems)
+    samples = _checked(root.parent if is_file(root) else root, entries, problems)
     if problems:
-        kinds = " ".join(f"{kind} ({len(cases)}): {_some(cases)}." for kind, cases in problems.items())
-        raise DataError(_printable(f"{source} can't be used. {kinds} Correct these, or take them out."))
+        kinds = " ".join(f"{kind} ({len(cases)}): {some(cases)}." for kind, cases in problems.items())
+        raise DataError(printable(f"{source} can't be used. {kinds} Correct these, or take them out."))
     if not samples:
         raise DataError(f"There is no audio in {source}. Give {_LAYOUTS}.")
     if need_text:
@@ -137,13 +172,13 @@ def read_dataset(source: Path, *, need_text: bool = False) -> Dataset:
 
 
 def _check_texts(source: Path, samples: Sequence[Sample]) -> None:
-    lacking = [s.id for s in samples if s.text is None]
+    lacking = [s.id for s in samples if s.text is None and s.label is None]
     if lacking:
         raise DataError(
-            f"{source}: {len(lacking)} of {len(samples)} samples have no transcript ({_some(lacking)}), and quality is "
+            f"{source}: {len(lacking)} of {len(samples)} samples have no transcript ({some(lacking)}), and quality is "
             f"measured against transcripts. Give each its 'text' in metadata.jsonl, or use other samples."
         )
-    if not any((s.text or "").strip() for s in samples):
+    if not any((s.text or s.label or "").strip() for s in samples):
         raise DataError(f"{source}: all transcripts are empty, so there are no words to score. Add some speech.")
 
 
@@ -188,50 +223,35 @@ def check_disjoint(calibration: Dataset, evaluation: Dataset) -> None:
     if shared:
         raise DataError(
             f"{len(shared)} of {evaluation.n} samples to evaluate on are also calibrated with "
-            f"({_some(shared)}), so the measured quality would be too good. Take them out of one of the two."
+            f"({some(shared)}), so the measured quality would be too good. Take them out of one of the two."
         )
 
 
 def _from_folder(folder: Path, problems: _Problems) -> list[_Entry]:
-    if _is_file(folder / "dataset_dict.json") or all(_is_file(folder / f) for f in _TABLE_FILES):
+    if is_file(folder / "dataset_dict.json") or all(is_file(folder / f) for f in _TABLE_FILES):
         return _from_tables(folder, problems)
-    files = sorted(_files(folder))
+    files = sorted(files_below(folder))
     listings = [f for f in files if f.name in _METADATA]
     if listings:
         return [e for f in listings for e in _listed(f, f.relative_to(folder).as_posix(), folder, problems)]
-    audio = [f for f in files if f.suffix.lower() in _AUDIO_SUFFIXES]
-    stems = {f.with_suffix("") for f in audio}
+    kinds = ([f for f in files if f.suffix.lower() in s] for s in (_AUDIO_SUFFIXES, _IMAGE_SUFFIXES))
+    found = next(filter(None, kinds), [])  # pictures beside recordings are covers
+    stems = {f.with_suffix("") for f in found}
     beside = [f for f in files if f.suffix == ".txt" and f.with_suffix("") in stems]
-    spoken = _librispeech(f for f in files if f.name.endswith(".trans.txt"))
-    spoken |= {f.with_suffix(""): _text(f).strip() for f in beside}
-    return [_Entry(f, spoken.get(f.with_suffix("")), f.relative_to(folder).as_posix()) for f in audio]
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder but hidden ones. Links to folders are not followed, so a loop of them ends."""
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename} can't be listed ({error.strerror}). Check its permissions.")
-
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        yield from (Path(parent, n) for n in names if not n.startswith("."))
-
-
-def _librispeech(files: Iterable[Path]) -> dict[Path, str]:
-    """Audio file without suffix -> transcript, from files with lines '84-121123-0000 GO DO YOU HEAR'."""
-    spoken = {}
-    for file in files:
-        for line in _text(file).split("\n"):
-            name, *words = line.split(maxsplit=1)[:2] or [""]
-            if name:
-                spoken[file.parent / name] = words[0].strip() if words else ""
-    return spoken
+    spoken = librispeech(f for f in files if f.name.endswith(".trans.txt"))
+    spoken |= {f.with_suffix(""): read_text(f).strip() for f in beside}
+    entries = []
+    for file in found:
+        text, name = spoken.get(file.with_suffix("")), file.relative_to(folder).as_posix()
+        classed = text is None and file.suffix.lower() in _IMAGE_SUFFIXES and file.parent != folder
+        texts = () if text is None else (text,)
+        entries.append(_Entry(file, text, name, texts, file.parent.name if classed else None))
+    return entries
 
 
 def _listed(listing: Path, name: str, inside: Path | None, problems: _Problems) -> Iterator[_Entry]:
     """The entries of one metadata file or manifest; files must lie `inside` that folder, if given."""
-    for number, row in _csv_rows(listing) if listing.suffix.lower() == ".csv" else _json_rows(listing):
+    for number, row in csv_rows(listing) if listing.suffix.lower() == ".csv" else json_rows(listing):
         where = f"{name} line {number}"
         entry = _entry(listing.parent, row, where) if isinstance(row, dict) else f"{where} {row}"
         if isinstance(entry, _Entry) and inside and not entry.path.is_relative_to(inside):
@@ -244,10 +264,10 @@ def _listed(listing: Path, name: str, inside: Path | None, problems: _Problems) 
 
 def _entry(folder: Path, row: dict[str, Any], where: str) -> _Entry | str:
     """The entry that a row describes, or what is wrong with it."""
-    file_key = next((k for k in _FILE_KEYS if row.get(k) is not None), None)
+    file_key = next((k for k in FILE_KEYS if row.get(k) is not None), None)
     if file_key is None:
         found = ", ".join(sorted(row)) or "none"
-        return f"{where} names no file: it needs one of {', '.join(_FILE_KEYS)}, its keys are: {found}"
+        return f"{where} names no file: it needs one of {', '.join(FILE_KEYS)}, its keys are: {found}"
     file = row[file_key]
     if not isinstance(file, str) or not file.strip() or "\0" in file:
         return f"{where}: '{file_key}' must be the path of a file, it is {json.dumps(file)[:60]}"
@@ -255,39 +275,18 @@ def _entry(folder: Path, row: dict[str, Any], where: str) -> _Entry | str:
     text = row[text_key] if text_key else None
     if text is not None and not isinstance(text, str):
         return f"{where}: '{text_key}' must be a string, it is {json.dumps(text)[:60]}"
-    if text is not None and _printable(text) != text:
+    if text is not None and printable(text) != text:
         return f"{where}: '{text_key}' holds half a character (a lone surrogate), which can't be written as UTF-8"
+    texts = next((row[k] for k in _TEXTS_KEYS if row.get(k)), [] if text is None else [text])
+    if not isinstance(texts, list) or not all(isinstance(t, str) and printable(t) == t for t in texts):
+        return f"{where}: 'texts' must be a list of strings, it is {json.dumps(texts)[:60]}"
+    label = row.get("label")
+    if label is not None and (not isinstance(label, str | int) or isinstance(label, bool) or not str(label).strip()):
+        return f"{where}: 'label' must be the name of a class, it is {json.dumps(label)[:60]}"
+    text = texts[0] if text is None and texts else text
     # Lexically: resolving links would lose the names of files in Hugging Face's cache.
-    return _Entry(Path(os.path.normpath(folder / file)), text, where)
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line number, object, or what is wrong with the line)."""
-    lines = _text(path).split("\n")  # not splitlines(): U+2028 may stand in a string
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
-            yield number, f"is no JSON ({error})"
-            continue
-        yield number, row if isinstance(row, dict) else "is no JSON object; each line is one {...}"
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, the row's filled cells)."""
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
-    try:
-        if not set(reader.fieldnames or ()) & set(_FILE_KEYS):
-            raise DataError(
-                f"{path}: line 1 must name the columns, with file_name among them; it has: "
-                f"{', '.join(reader.fieldnames or ()) or 'none'}."
-            )
-        for row in reader:
-            yield reader.line_num, {k: v for k, v in row.items() if k is not None and v}
-    except csv.Error as error:
-        raise DataError(f"{path}: line {reader.line_num} is no CSV ({error}). Correct it.") from None
+    path = Path(os.path.normpath(folder / file))
+    return _Entry(path, text, where, tuple(texts), None if label is None else str(label))
 
 
 def _from_tables(folder: Path, problems: _Problems) -> list[_Entry]:
@@ -327,7 +326,7 @@ def _stored(audio: dict[str, Any]) -> Path | None:
         return Path(name) if name else None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "packlight" / "audio"
     path = cache / (hashlib.sha256(content).hexdigest() + Path(name or "").suffix)
-    if not _is_file(path):
+    if not is_file(path):
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
             cache.mkdir(parents=True, exist_ok=True)
@@ -354,46 +353,44 @@ def _checked(folder: Path, entries: list[_Entry], problems: _Problems) -> tuple[
         ids = {name: name for name in listed}
     samples = []
     for name, entry in sorted(listed.items()):
-        if _printable(str(entry.path)) != str(entry.path):
+        if printable(str(entry.path)) != str(entry.path):
             problems.setdefault("Names that are not UTF-8", []).append(f"{name} ({entry.where})")
             continue
-        if not _is_file(entry.path):
+        if not is_file(entry.path):
             problems.setdefault("Missing files", []).append(f"{name} ({entry.where})")
             continue
         try:
-            seconds = audio_seconds(entry.path)
+            image = entry.path.suffix.lower() in _IMAGE_SUFFIXES
+            seconds = 0.0 if image and read_image(entry.path) is not None else audio_seconds(entry.path)
             with entry.path.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         except (DataError, OSError) as error:
             problems.setdefault("Unusable files", []).append(str(error))
             continue
-        samples.append(Sample(ids[name], entry.path, entry.text, seconds, sha256))
+        more = (entry.texts, entry.label, "image" if image else "audio")
+        samples.append(Sample(ids[name], entry.path, entry.text, seconds, sha256, *more))
+    if len({s.modality for s in samples}) > 1:
+        first = [next(s.id for s in samples if s.modality == m) for m in ("image", "audio")]
+        problems.setdefault("Both pictures and sound", []).append(" and ".join(first))
     return tuple(samples)
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}: line {line} is not UTF-8. Save the file as UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"{path} can't be read ({error.strerror}). Check its permissions.") from None
+def prompted(dataset: Dataset, templates: Sequence[str] = ()) -> Dataset:
+    """The dataset with its labels as texts: every template with the label in place of {}.
 
+    Samples with texts of their own keep them, unless templates are named: these ask for the labels.
 
-def _is_file(path: Path, kind: int = stat.S_IFREG) -> bool:
-    try:
-        return stat.S_IFMT(path.stat().st_mode) == kind
-    except (OSError, ValueError):  # missing, a loop of links, a name longer than the file system allows
-        return False
-
-
-def _some(cases: Sequence[str]) -> str:
-    """The first three, and how many more there are."""
-    rest = [f"and {len(cases) - 3} more"] if len(cases) > 3 else []
-    return "; ".join([*(c.rstrip(". ") for c in cases[:3]), *rest])
-
-
-def _printable(text: str) -> str:
-    """The text with escapes for what UTF-8 can't hold: stray bytes of file names, halves of characters."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    Raises:
+        DataError: a template without {}, or templates for samples without labels.
+    """
+    wrong = [t for t in templates if t.count("{}") != 1]
+    if wrong:
+        raise DataError(f"The template {wrong[0]!r} must have {{}} once, where the label goes.")
+    if not all(s.label is not None for s in dataset.samples):
+        if templates:
+            raise DataError(f"{dataset.source}: templates need labels, and not every sample has a 'label'.")
+        return dataset
+    if not templates and dataset.has_text:
+        return dataset
+    prompts = {s.label: tuple(t.replace("{}", s.label or "") for t in templates or TEMPLATES) for s in dataset.samples}
+    return replace(dataset, samples=tuple(replace(s, text=None, texts=prompts[s.label]) for s in dataset.samples))

@@ -94,7 +94,7 @@ def _card(model: Model, plan: Plan) -> str:
     return (
         f"---\nlicense: {model.source.licence}\nbase_model: {model.source.name}\n---\n\n"
         f"# {model.source.name}, compressed by packlight\n\nRun it: `pip install packlight`, then "
-        f"`packlight run THIS_FOLDER speech.wav`. Check it: `packlight verify THIS_FOLDER`.\n\n## Plan\n\n{steps}\n"
+        f"`packlight run THIS_FOLDER {model.family.usage}`. Check it: `packlight verify THIS_FOLDER`.\n\n## Plan\n\n{steps}\n"
     )
 
 
@@ -129,7 +129,11 @@ def _feeds(model: Model, batch: Batch) -> Iterator[tuple[Graph, list[torch.Tenso
     draw = torch.Generator().manual_seed(0)
     for graph in model.family.graphs(model.module):
         feed = [
-            values.get(name, torch.randn(a.shape, generator=draw) if a.is_floating_point() else a)
+            values[name][: len(a)]  # a graph may take one sample at a time, a batch has several
+            if name in values
+            else torch.randn(a.shape, generator=draw)
+            if a.is_floating_point()
+            else a
             for name, a in zip(graph.inputs, graph.args, strict=True)
         ]
         with torch.no_grad():

@@ -15,46 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from packlight.errors import PlanError
-
-Layer = nn.Linear | nn.Conv1d | nn.Embedding
-
-
-def matrix(layer: nn.Module) -> Tensor:
-    """The weight of a layer as a matrix [out, in].
-
-    A convolution [out, in, k] becomes [out, k * in], the matrix that multiplies its windows; an embedding is its table
-    [tokens, width], whose rows are the outputs of the head that it may be tied to.
-
-    Raises:
-        PlanError: a kind of layer that can't be seen so.
-    """
-    if isinstance(layer, nn.Conv1d):
-        if layer.groups != 1 or layer.dilation != (1,) or layer.padding_mode != "zeros":
-            raise PlanError("Only plain one-dimensional convolutions (no groups, no dilation) can be compressed yet.")
-        return layer.weight.detach().permute(0, 2, 1).reshape(layer.out_channels, -1)
-    if isinstance(layer, nn.Linear | nn.Embedding):
-        return layer.weight.detach()
-    raise PlanError(f"A layer of kind {type(layer).__name__} can't be compressed.")
-
-
-def windows(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
-    """The windows that a convolution sees: [batch, channels, time] to [batch, steps, kernel * channels]."""
-    x = nn.functional.pad(x, (padding, padding))
-    steps = (x.shape[2] - kernel) // stride + 1
-    taps = [x[:, :, j : j + (steps - 1) * stride + 1 : stride] for j in range(kernel)]
-    return torch.cat(taps, 1).transpose(1, 2)
-
-
-def windows_of(conv: Any, x: Tensor) -> Tensor:
-    """The windows that this convolution sees."""
-    return windows(x, conv.kernel_size[0], conv.stride[0], int(conv.padding[0]))
-
-
-def matrix_inputs(layer: nn.Module, x: Tensor) -> Tensor:
-    """What the matrix of a layer multiplies, as rows [n, in], given the layer's input."""
-    if isinstance(layer, nn.Conv1d):
-        x = windows_of(layer, x)
-    return x.reshape(-1, x.shape[-1]).float()
+from packlight.packing import unpack_groups
+from packlight.windows import matrix, unmatrix, windows2d_of, windows_of
 
 
 def fake_int8(x: Tensor) -> Tensor:
@@ -139,6 +101,17 @@ def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 # Layers -------------------------------------------------------------------------------------------------------------
 
 
+def dense(layer: Any) -> Tensor:
+    """The float32 weight of a compressed layer, in the shape of the original's. Models read its shape or dtype."""
+    if isinstance(layer, GroupLinear | GroupEmbedding):
+        width = layer.width
+        weight = unpack_groups(layer.packed, layer.scale, layer.zeros, layer.bits, layer.group)[:, :width]
+    else:
+        weight = (layer.codes.float() * layer.scale).T
+        weight = weight if layer.columns is None else weight * layer.columns
+    return unmatrix(weight, layer.shape) if hasattr(layer, "shape") else weight
+
+
 class CodeLinear(nn.Module):
     """y = x Wᵀ + b with W = scale * codes * columns. Codes int8 [in, out], scale float32 [out], columns float32 [in].
 
@@ -152,6 +125,8 @@ class CodeLinear(nn.Module):
         self.register_buffer("columns", torch.ones(columns) if factors else None)
         self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
         self.activations = activations
+
+    weight = property(dense)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
@@ -172,10 +147,29 @@ class CodeConv1d(CodeLinear):
         super().__init__(columns, rows, like.bias is not None, activations, factors)
         # Named as in nn.Conv1d: models read them, Whisper to check the length of its input.
         self.kernel_size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
+        self.shape = like.weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in, time] to [batch, out, steps]."""
         return super().forward(windows_of(self, x)).transpose(1, 2)
+
+
+class CodeConv2d(CodeLinear):
+    """A two-dimensional convolution as its windows times a matrix of codes [h * w * in, out]."""
+
+    def __init__(self, like: nn.Conv2d, activations: str, factors: bool = False) -> None:
+        rows, columns = matrix(like).shape
+        super().__init__(columns, rows, like.bias is not None, activations, factors)
+        _like_conv2d(self, like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, in, y, x] to [batch, out, rows, columns]."""
+        return super().forward(windows2d_of(self, x)).permute(0, 3, 1, 2)
+
+
+def _like_conv2d(layer: Any, like: nn.Conv2d) -> None:
+    layer.kernel_size, layer.stride, layer.padding = like.kernel_size, like.stride, like.padding
+    layer.shape = like.weight.shape
 
 
 class CodeEmbedding(nn.Module):
@@ -187,6 +181,8 @@ class CodeEmbedding(nn.Module):
         self.register_buffer("scale", torch.ones(tokens))
         self.register_buffer("columns", torch.ones(width) if factors else None)
         self.num_embeddings = tokens
+
+    weight = property(dense)
 
     def forward(self, ids: Tensor, past_key_values_length: int = 0, position_ids: Tensor | None = None) -> Tensor:
         """Ids [...] to [..., width]. A table of positions is looked up by `position_ids`, as transformers calls it."""
@@ -208,7 +204,10 @@ class GroupLinear(nn.Module):
     def __init__(self, columns: int, rows: int, bias: bool, bits: int, group: int) -> None:
         super().__init__()
         _group_buffers(self, columns, rows, bits, group)
+        self.width = columns
         self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
+
+    weight = property(dense)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
@@ -228,10 +227,24 @@ class GroupConv1d(GroupLinear):
         super().__init__(columns, rows, like.bias is not None, bits, group)
         # Named as in nn.Conv1d: models read them, Whisper to check the length of its input.
         self.kernel_size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
+        self.shape = like.weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in, time] to [batch, out, steps]."""
         return super().forward(windows_of(self, x)).transpose(1, 2)
+
+
+class GroupConv2d(GroupLinear):
+    """A two-dimensional convolution as its windows times a matrix of grouped codes."""
+
+    def __init__(self, like: nn.Conv2d, bits: int, group: int) -> None:
+        rows, columns = matrix(like).shape
+        super().__init__(columns, rows, like.bias is not None, bits, group)
+        _like_conv2d(self, like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, in, y, x] to [batch, out, rows, columns]."""
+        return super().forward(windows2d_of(self, x)).permute(0, 3, 1, 2)
 
 
 class GroupEmbedding(nn.Module):
@@ -241,6 +254,8 @@ class GroupEmbedding(nn.Module):
         super().__init__()
         _group_buffers(self, width, tokens, bits, group)
         self.width, self.num_embeddings = width, tokens
+
+    weight = property(dense)
 
     def forward(self, ids: Tensor, past_key_values_length: int = 0, position_ids: Tensor | None = None) -> Tensor:
         """Ids [...] to [..., width]; `position_ids` as in `CodeEmbedding`."""
@@ -257,30 +272,6 @@ def _group_buffers(layer: nn.Module, columns: int, rows: int, bits: int, group: 
     layer.register_buffer("scale", torch.ones(rows * groups))
     layer.register_buffer("zeros", torch.zeros(rows, -(-groups * bits // 8), dtype=torch.uint8))
     layer.bits, layer.group = bits, group
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes [..., n] of 0 .. 2^bits - 1 to bytes [..., ceil(n * bits / 8)], low bits first. Bits is 4 or 8."""
-    codes = codes.to(torch.uint8)
-    if bits == 8:
-        return codes.contiguous()
-    codes = nn.functional.pad(codes, (0, codes.shape[-1] % 2))
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
-
-
-def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Undo `pack`; with 4 bits the result has an even length."""
-    if bits == 8:
-        return packed
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
-
-
-def unpack_groups(packed: Tensor, scale: Tensor, zeros: Tensor, bits: int, group: int) -> Tensor:
-    """The float32 weight [out, groups * group] of a grouped layer."""
-    rows, groups = packed.shape[:2]
-    codes = unpack(packed, bits).float()
-    zero = unpack(zeros, bits)[:, :groups].float()
-    return ((codes - zero[..., None]) * scale.view(rows, groups, 1)).reshape(rows, groups * group)
 
 
 # Surgery ------------------------------------------------------------------------------------------------------------
@@ -308,6 +299,8 @@ def build(layer: nn.Module, edit: Edit) -> nn.Module:
         activations, factors = str(edit.args.get("activations", "int8")), bool(edit.args.get("columns"))
         if isinstance(layer, nn.Conv1d):
             return CodeConv1d(layer, activations, factors)
+        if isinstance(layer, nn.Conv2d):
+            return CodeConv2d(layer, activations, factors)
         if isinstance(layer, nn.Linear):
             return CodeLinear(layer.in_features, layer.out_features, layer.bias is not None, activations, factors)
         if isinstance(layer, nn.Embedding):
@@ -316,6 +309,8 @@ def build(layer: nn.Module, edit: Edit) -> nn.Module:
         bits, group = int(edit.args["bits"]), int(edit.args["group"])
         if isinstance(layer, nn.Conv1d):
             return GroupConv1d(layer, bits, group)
+        if isinstance(layer, nn.Conv2d):
+            return GroupConv2d(layer, bits, group)
         if isinstance(layer, nn.Linear):
             return GroupLinear(layer.in_features, layer.out_features, layer.bias is not None, bits, group)
         if isinstance(layer, nn.Embedding):

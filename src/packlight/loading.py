@@ -52,6 +52,8 @@ def load(name: str, *, revision: str | None = None, trust_remote_code: bool = Fa
         )
     module, settings, tokenizer = family.read(folder, config)
     check_finite(module, str(folder))
+    if family.bind is not None:
+        family = family.bind(family, module, settings)
     source = Source(
         name=name if not Path(name).expanduser().is_dir() else Path(name).expanduser().resolve().name,
         path=str(folder.resolve()),

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from packlight.layers import matrix_inputs
+from packlight.windows import matrix_inputs
 
 
 @contextmanager
@@ -14,7 +14,7 @@ def grams(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Sum x xᵀ over everything that enters each layer while the context is open.
 
     Args:
-        layers: path -> an nn.Linear or nn.Conv1d; layers that are given the same tensor, as query, key and value
+        layers: path -> an nn.Linear, nn.Conv1d or nn.Conv2d; layers that are given the same tensor, as query, key and value
             are, each get their own sum.
 
     Yields:

@@ -15,6 +15,7 @@ from packlight.families import Part
 from packlight.model import Model
 from packlight.plan import Plan, Step
 from packlight.sensitivity import Level, Pruning, settings
+from packlight.windows import is_matrix
 
 _FINE = tuple(2.25 + 0.125 * i for i in range(24))  # rates a plan may use
 _GAP = 0.015  # plans on the front lie at least this far apart in bytes
@@ -141,7 +142,7 @@ _LOOKED_UP = ("int8", 0.0, "looked up, never multiplied, so it has no activation
 
 
 def _only_lookups(model: Model, part: Part) -> bool:
-    layers = [layer for path, layer in model.module.named_modules() if part.has(path)]
+    layers = [layer for path, layer in model.layers().items() if model.family.part_of(path) is part]
     return bool(layers) and all(isinstance(layer, nn.Embedding) for layer in layers)
 
 
@@ -153,6 +154,9 @@ def _plan(
     origin: tuple[dict[str, Any], int],
 ) -> Plan:
     steps = [] if choice.vocabulary.step is None else [choice.vocabulary.step]
+    whole = tuple(path for path, layer in model.layers().items() if not is_matrix(layer))
+    if whole:
+        steps.append(Step("float16", {}, whole, "depthwise and grouped convolutions: they are no matrix to code"))
     for level in choice.levels:
         part = next(p for p in model.family.parts if p.name == level.part)
         mode, _, why = modes.get(level.part, _LOOKED_UP if _only_lookups(model, part) else _STEPWISE)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from packlight.errors import PlanError
-from packlight.families import Batch
-from packlight.layers import ACTIVATIONS, matrix
+from packlight.families import Batch, Part
+from packlight.layers import ACTIVATIONS
 from packlight.model import Model
 from packlight.observe import grams, token_use
 from packlight.plan import Step, append_line, read_lines
@@ -22,6 +22,7 @@ from packlight.tables import TECHNIQUES
 from packlight.techniques.prune_vocabulary import step as prune_step
 from packlight.vocabulary import choose, read_vocabulary
 from packlight.vocabulary_usage import measure_usage, texts_sha256
+from packlight.windows import is_matrix, matrix, unmatrix
 
 Progress = Callable[[str, int, int], None]
 
@@ -60,8 +61,7 @@ def profile(model: Model) -> list[dict[str, Any]]:
 
 def measure_grams(model: Model, batches: Sequence[Batch], progress: Progress | None = None) -> dict[str, Tensor]:
     """Gram matrices of every linear layer and convolution of the original, in one pass over the batches."""
-    kinds = (nn.Linear, nn.Conv1d)
-    layers = {p: layer for p, layer in model.layers().items() if isinstance(layer, kinds)}
+    layers = {p: layer for p, layer in model.layers().items() if not _is_lookup(layer) and is_matrix(layer)}
 
     def logits() -> Iterator[Tensor]:
         for i, batch in enumerate(batches):
@@ -70,6 +70,10 @@ def measure_grams(model: Model, batches: Sequence[Batch], progress: Progress | N
                 progress("observing activations", i + 1, len(batches))
 
     with torch.no_grad(), grams(layers) as sums:
+        if not model.family.tied:
+            for _ in logits():
+                pass
+            return sums
         use = token_use(logits(), [b[model.family.reads] for b in batches])
     return {**sums, **{f"{table}.use": use for table, _ in model.family.tied}}
 
@@ -108,7 +112,7 @@ def sensitivity(
         batches = [family.encode(module, b) for b in batches]
         reference = [torch.log_softmax(family.run(module, b), -1) for b in batches]
     first = family.towers[0].name
-    parts = [p for p in family.parts if any(p is family.part_of(path) for path in model.layers())]
+    parts = [p for p in family.parts if any(p is family.part_of(path) for path in _coded(model))]
     levels = []
     for i, part in enumerate(parts):
         rates = (*MEASURED, 8.0) if _is_table(model, part.name) else MEASURED
@@ -129,24 +133,25 @@ def sensitivity(
 def activations(
     model: Model, batches: Sequence[Batch], kept: Path, progress: Progress | None = None
 ) -> dict[str, dict[str, float]]:
-    """Measure what 8-bit activations alone cost, for each part of the first tower, whose inputs have many rows.
+    """Measure what 8-bit activations alone cost, for each part of the towers whose inputs have many rows.
 
-    The other towers answer token by token: one row at a time, one range per sample and per row are the same.
+    Stepwise towers answer token by token: one row at a time, one range per sample and per row are the same.
 
     Returns:
         part -> {'int8': KL per token with one range per sample, 'int8_rows': with one per row}.
     """
     done = {v["part"]: v for v in read_lines(kept)}
     family, module = model.family, model.module
-    parts = [p for p in family.parts if p.tower == family.towers[0].name]
-    parts = [p for p in parts if any(p.has(path) for path, x in model.layers().items() if not _is_lookup(x))]
+    many = [tower.name for tower in family.towers if not tower.stepwise]
+    multiplied = [path for path in _coded(model) if not _is_lookup(model.module.get_submodule(path))]
+    parts = [p for p in family.parts if p.tower in many and any(p is family.part_of(path) for path in multiplied)]
     reference: list[Tensor] = []
     for i, part in enumerate(parts):
         if part.name not in done:
             with torch.no_grad():
                 reference = reference or [torch.log_softmax(family.run(module, b), -1) for b in batches]
                 pairs = list(zip(batches, reference, strict=True))
-                found = {mode: _activation_kl(model, part.has, mode, pairs) for mode in ("int8", "int8_rows")}
+                found = {mode: _activation_kl(model, part, mode, pairs) for mode in ("int8", "int8_rows")}
             done[part.name] = {"part": part.name, **found}
             append_line(kept, done[part.name])
         if progress:
@@ -158,9 +163,10 @@ def _is_lookup(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Embedding)
 
 
-def _activation_kl(model: Model, takes: Callable[[str], bool], mode: str, pairs: list[tuple[Batch, Tensor]]) -> float:
+def _activation_kl(model: Model, part: Part, mode: str, pairs: list[tuple[Batch, Tensor]]) -> float:
     rounded = ACTIVATIONS[mode]
-    layers = [layer for path, layer in model.layers().items() if takes(path) and not _is_lookup(layer)]
+    layers = [x for p, x in model.layers().items() if model.family.part_of(p) is part and not _is_lookup(x)]
+    layers = [layer for layer in layers if is_matrix(layer)]
     handles = [layer.register_forward_pre_hook(lambda _, args: (rounded(args[0]), *args[1:])) for layer in layers]
     try:
         return _divergence(model, pairs)[0]
@@ -180,6 +186,11 @@ def _divergence(model: Model, pairs: list[tuple[Batch, Tensor]]) -> tuple[float,
     return max(kl / count, 1e-9), flips / count
 
 
+def _coded(model: Model) -> list[str]:
+    """Paths of the layers that can hold codes."""
+    return [path for path, layer in model.layers().items() if is_matrix(layer)]
+
+
 def _measure_part(
     model: Model, part: str, rate: float | None, sums: dict[str, Tensor], pairs: list[tuple[Batch, Tensor]]
 ) -> Level:
@@ -189,7 +200,7 @@ def _measure_part(
     config = technique.config(**({"bits": 8} if name == "group_weights" else settings(model, part, rate)))
     heads = {head: table for table, head in model.family.tied}
     gram_of = {table: sums.get(head) for head, table in heads.items()}
-    paths = [p for p in model.layers() if (q := model.family.part_of(p)) and q.name == part and p not in heads]
+    paths = [p for p in _coded(model) if (q := model.family.part_of(p)) and q.name == part and p not in heads]
     saved: dict[str, Tensor] = {}
     size = 0
     with torch.no_grad():
@@ -201,7 +212,7 @@ def _measure_part(
             assert technique.layer is not None
             made = technique.layer(matrix(layer), gram_of.get(path, sums.get(path)), config, **use)
             size += int(1.01 * made.rate * weight.numel() / 8) + 2 * sum(made.approximation.shape)
-            weight.copy_(_like(made.approximation, layer))
+            weight.copy_(unmatrix(made.approximation, weight.shape))
         kl, flips = _divergence(model, pairs)
         for path, weight in saved.items():
             model.module.get_submodule(path).weight.copy_(weight)
@@ -211,14 +222,6 @@ def _measure_part(
 def _is_table(model: Model, part: str) -> bool:
     """Whether a part is a table tied to a head: it runs one token at a time, where 8-bit groups are fast too."""
     return any((p := model.family.part_of(table)) is not None and p.name == part for table, _ in model.family.tied)
-
-
-def _like(weight: Tensor, layer: nn.Module) -> Tensor:
-    """A matrix back in the shape of the layer's weight."""
-    if isinstance(layer, nn.Conv1d):
-        out, channels, taps = layer.weight.shape
-        return weight.view(out, taps, channels).permute(0, 2, 1)
-    return weight
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,24 @@
 
 import gzip
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from packlight.audio import read_audio
 from packlight.bundle import Bundle, open_bundle, verify
 from packlight.codec import read_weights
-from packlight.errors import BundleError
+from packlight.errors import BundleError, DataError
+from packlight.images import read_image
 from packlight.runtimes.onnx import Opened, open_graphs
+from packlight.serving import dual_encoder
+from packlight.serving.dual_encoder import Encoder
 from packlight.serving.whisper import Settings, Transcript, transcribe
+from packlight.texts import tokenizer_of
 
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json.gz"
@@ -27,16 +33,25 @@ class Served:
     Args:
         bundle: where it came from.
         parts: the opened graphs.
-        answer: (audio float32 [n] at 16 kHz, language or None, task or None) -> Transcript.
+        answer: (input, language or None, task or None) -> what the task gives: a Transcript for audio float32 [n] at
+            16 kHz; for (picture, texts) their vectors, see `packlight.serving.dual_encoder.embed`.
+        reply: the same as plain numbers: token ids, or vectors.
         decode: token ids -> text.
         load_seconds: what opening took.
+        open_input: (path, texts) -> input.
+        example: an input that every bundle of the task answers.
+        encoder: the two towers, for a dual encoder.
     """
 
     bundle: Bundle
     parts: dict[str, Opened]
-    answer: Callable[..., Transcript]
+    answer: Callable[..., Any]
+    reply: Callable[..., list[Any]]
     decode: Callable[[Any], str]
     load_seconds: float
+    open_input: Callable[[Path, Sequence[str]], Any]
+    example: Any
+    encoder: Encoder | None = None
 
 
 def open_served(path: Path, threads: int = 0, *, check: bool = True) -> Served:
@@ -55,20 +70,61 @@ def open_served(path: Path, threads: int = 0, *, check: bool = True) -> Served:
     if check:
         verify(bundle)
     manifest = bundle.manifest
-    if manifest["task"] != "speech-to-text":
+    if manifest["task"] not in _TASKS:
         raise BundleError(f"{path} is for the task {manifest['task']!r}, which this packlight does not serve yet.")
     if manifest["runtime"] != "onnxruntime":
         raise BundleError(f"{path} is for the runtime {manifest['runtime']!r}, which this packlight does not know.")
-    settings = Settings.from_dict(manifest["serving"])
-    decode = _decoder(path / TOKENIZER)
+    kind, serve = _TASKS[manifest["task"]]
+    settings = kind.from_dict(manifest["serving"])
+    tokenizer = _tokenizer(path / TOKENIZER)
     files = {name: path / file for name, file in manifest["graphs"].items()}
     parts = open_graphs(files, lambda names: read_weights(path / WEIGHTS, names), threads)
-    _check_parts(path, parts, settings)
+    served = serve(bundle, parts, settings, tokenizer)
+    return replace(served, load_seconds=time.perf_counter() - start)
+
+
+def _speech(bundle: Bundle, parts: dict[str, Opened], settings: Settings, tokenizer: str) -> Served:
+    _check_parts(bundle.path, parts, settings)
+    decode = _decoder(bundle.path / TOKENIZER, tokenizer)
 
     def answer(audio: np.ndarray, language: str | None = None, task: str | None = None) -> Transcript:
         return transcribe({n: p.run for n, p in parts.items()}, decode, settings, audio, language, task)
 
-    return Served(bundle, parts, answer, decode, time.perf_counter() - start)
+    def reply(audio: np.ndarray, language: str | None = None, task: str | None = None) -> list[int]:
+        return list(answer(audio, language, task).tokens)
+
+    example = np.zeros(16000, np.float32)
+    return Served(bundle, parts, answer, reply, decode, 0.0, lambda path, texts: read_audio(path), example)
+
+
+def _dual(bundle: Bundle, parts: dict[str, Opened], settings: dual_encoder.Settings, tokenizer: str) -> Served:
+    due = {"image": (("pixel_values",), ("image_vector",)), "text": (("input_ids",), ("text_vector",))}
+    if {name: (part.inputs, part.outputs) for name, part in parts.items()} != due:
+        raise BundleError(f"{bundle.path} has other graphs than the two towers. Get it again from its source.")
+    try:
+        ids = tokenizer_of(tokenizer, settings.text)
+    except ValueError as error:
+        raise BundleError(f"{bundle.path / TOKENIZER} holds no readable tokenizer ({error}).") from None
+    encoder = Encoder(parts["image"].run, parts["text"].run, ids, settings)
+
+    def answer(pair: Any, language: str | None = None, task: str | None = None) -> list[list[float]]:
+        if language is not None or task:
+            raise DataError("This bundle compares pictures and texts: it takes no language and no task.")
+        picture, texts = pair
+        return dual_encoder.embed(encoder, picture, texts)
+
+    def pair(path: Path, texts: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
+        return read_image(path), tuple(texts)
+
+    example = (np.full((64, 48, 3), 128, np.uint8), ("a photo",))
+    return Served(bundle, parts, answer, answer, lambda ids: "", 0.0, pair, example, encoder)
+
+
+# task of the manifest -> (its settings, what opens it)
+_TASKS: dict[str, tuple[Any, Callable[..., Served]]] = {
+    "speech-to-text": (Settings, _speech),
+    "image-text": (dual_encoder.Settings, _dual),
+}
 
 
 def _check_parts(path: Path, parts: dict[str, Opened], settings: Settings) -> None:
@@ -88,12 +144,18 @@ def _check_parts(path: Path, parts: dict[str, Opened], settings: Settings) -> No
             )
 
 
-def _decoder(file: Path) -> Callable[[Any], str]:
+def _tokenizer(file: Path) -> str:
+    try:
+        with gzip.open(file, "rb") as opened:
+            return opened.read(_MAX_TOKENIZER).decode("utf-8")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise BundleError(f"{file} holds no readable tokenizer ({error}).") from None
+
+
+def _decoder(file: Path, text: str) -> Callable[[Any], str]:
     from tokenizers import Tokenizer
 
     try:
-        with gzip.open(file, "rb") as opened:
-            text = opened.read(_MAX_TOKENIZER).decode("utf-8")
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower class
         raise BundleError(f"{file} holds no readable tokenizer ({error}).") from None

@@ -1,6 +1,6 @@
 """The whole inventory on one page. Adding a family, a technique or a runtime is one file and one line here."""
 
-from packlight.families import Family, whisper
+from packlight.families import Family, dual_encoder, whisper
 from packlight.techniques import Technique
 from packlight.techniques.codes import ERROR_FEEDBACK, ROUND_TO_NEAREST
 from packlight.techniques.float16 import FLOAT16
@@ -8,7 +8,7 @@ from packlight.techniques.groups import GROUP_WEIGHTS
 from packlight.techniques.prune_vocabulary import PRUNE_VOCABULARY
 from packlight.techniques.tune_scales import TUNE_SCALES
 
-FAMILIES: tuple[Family, ...] = (whisper.FAMILY,)
+FAMILIES: tuple[Family, ...] = (whisper.FAMILY, dual_encoder.FAMILY)
 
 TECHNIQUES: dict[str, Technique] = {
     t.name: t for t in (PRUNE_VOCABULARY, ROUND_TO_NEAREST, ERROR_FEEDBACK, GROUP_WEIGHTS, FLOAT16, TUNE_SCALES)

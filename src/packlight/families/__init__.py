@@ -21,12 +21,23 @@ class Tower:
     Args:
         name: e.g. 'encoder'.
         modality: 'audio', 'image' or 'text'.
-        blocks: path of the nn.ModuleList.
+        blocks: path of the nn.ModuleList; '' for a tower without one.
+        paths: Unix wildcards over paths of its layers; none is for all that lie beside the blocks.
+        chained: whether a block's output is all that the next block is given anew.
+        stepwise: whether it runs row by row on the device, so that its activations have one range per row anyway.
     """
 
     name: str
     modality: str
     blocks: str
+    paths: tuple[str, ...] = ()
+    chained: bool = True
+    stepwise: bool = False
+
+    def has(self, path: str) -> bool:
+        """Whether a layer belongs to this tower."""
+        patterns = self.paths or (self.blocks.rpartition(".")[0] + ".*",)
+        return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
 @dataclass(frozen=True)
@@ -82,17 +93,24 @@ class Family:
         tied: (path of the table, path of the layer that shares its weights).
         read: (folder, config) -> (module, generation settings, text of tokenizer.json).
         prompt: (settings, language, task) -> the token ids that open an answer.
-        detect_language: (module, sample, settings) -> code or None.
-        answer: (module, sample, settings, language, task) -> the model's own answer as token ids.
-        prepare: (module, sample, answer, prompt, settings) -> a batch for teacher-forced passes.
-        encode: (module, batch) -> the batch with the first tower's output in it.
-        run: (module, batch) -> logits [tokens that count, vocabulary].
+        detect_language: (module, input, settings) -> code or None; None for a family that knows no languages.
+        answer: (module, input, settings, language, task) -> the model's own answer as JSON can hold it: token ids, or
+            vectors.
+        prepare: (module, input, answer, prompt, settings) -> a batch for teacher-forced passes; with a `group` above 1
+            it takes a list of inputs and no answer.
+        encode: (module, batch) -> the batch with the first tower's output in it, as 'states'.
+        run: (module, batch) -> logits [rows that count, choices]: of tokens, or of the batch's other side.
         graphs: module -> what is exported.
         serving: (module, settings, language, task) -> what serving needs, for the manifest.
         multiply_adds: (module, path) -> multiply-adds of that layer for `unit`.
         unit: the amount of work that multiply-adds are given for, in words.
         reads: key of the batches' token ids, which the tied table is looked up by.
         window: seconds of a sample that a batch holds.
+        usage: what follows `packlight run BUNDLE` in a bundle's card.
+        open_input: (path, texts) -> what `answer` and `prepare` take.
+        group: samples in a batch.
+        bind: (family, module, settings) -> the family with the towers, parts and graphs that this module has; None
+            where all have the same.
     """
 
     name: str
@@ -104,8 +122,8 @@ class Family:
     tied: tuple[tuple[str, str], ...]
     read: Callable[[Path, dict[str, Any]], tuple[nn.Module, dict[str, Any], str]]
     prompt: Callable[[dict[str, Any], str | None, str], list[int]]
-    detect_language: Callable[[nn.Module, Any, dict[str, Any]], str | None]
-    answer: Callable[[nn.Module, Any, dict[str, Any], str | None, str], list[int]]
+    detect_language: Callable[[nn.Module, Any, dict[str, Any]], str | None] | None
+    answer: Callable[[nn.Module, Any, dict[str, Any], str | None, str], list[Any]]
     prepare: Callable[[nn.Module, Any, Sequence[int], Sequence[int], dict[str, Any]], Batch]
     encode: Callable[[nn.Module, Batch], Batch]
     run: Callable[[nn.Module, Batch], Tensor]
@@ -115,6 +133,10 @@ class Family:
     unit: str
     reads: str
     window: float
+    usage: str
+    open_input: Callable[[Path, Sequence[str]], Any]
+    group: int = 1
+    bind: "Callable[[Family, nn.Module, dict[str, Any]], Family] | None" = None
 
     def part_of(self, path: str) -> Part | None:
         """The part that a layer belongs to, or None."""

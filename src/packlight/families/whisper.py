@@ -9,16 +9,17 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from packlight.audio import RATE
+from packlight.audio import RATE, read_audio
 from packlight.errors import DataError, ModelError
 from packlight.families import Batch, Family, Part, Tower
 from packlight.families.ctranslate2 import config_values, is_ctranslate2, read_variables, state_dict
+from packlight.families.pretrained import from_transformers, tokenizer_json
 from packlight.families.whisper_graphs import graphs
 
 _LANGUAGE = re.compile(r"^<\|([a-z]{2,3})\|>$")
@@ -47,34 +48,13 @@ def read(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any
             raise ModelError(f"{folder / 'model.bin'} is no Whisper model we know: {(missing + unexpected)[:3]}.")
         module.tie_weights()
     else:
-        module = _from_transformers(folder)
+        module = from_transformers(WhisperForConditionalGeneration, folder)
         settings = _settings(folder, config, module)
-    tokenizer = _tokenizer_json(folder)
+    tokenizer = tokenizer_json(folder)
     _check_tokenizer(tokenizer, settings, folder)
     settings.update(_ids_from_tokenizer(tokenizer, settings))
     _set_generation(module, settings)
     return module.eval(), settings, tokenizer
-
-
-def _from_transformers(folder: Path) -> nn.Module:
-    from transformers import WhisperForConditionalGeneration
-
-    try:
-        loaded: Any = WhisperForConditionalGeneration.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-        raise ModelError(f"transformers can't build the model in {folder}: {str(error).splitlines()[0]}") from None
-    module, found = loaded
-    # transformers fills such tensors with random numbers and goes on.
-    wrong = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
-    if wrong:
-        raise ModelError(
-            f"The weights in {folder} are not those of its config.json: {len(wrong)} tensors are missing or of another "
-            f"shape, first {wrong[0]}. Download the model again."
-        )
-    return cast(nn.Module, module)
 
 
 def _settings(folder: Path, config: dict[str, Any], module: nn.Module) -> dict[str, Any]:
@@ -95,20 +75,6 @@ def _settings(folder: Path, config: dict[str, Any], module: nn.Module) -> dict[s
         "eos_token_id": found["eos_token_id"],
         "max_initial_timestamp_index": found.get("max_initial_timestamp_index") or 50,
     }
-
-
-def _tokenizer_json(folder: Path) -> str:
-    file = folder / "tokenizer.json"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    from transformers import AutoTokenizer
-
-    try:
-        return str(AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer.to_str())
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(
-            f"{folder} has no tokenizer.json and none can be made ({str(error).splitlines()[0]})."
-        ) from None
 
 
 def _check_tokenizer(tokenizer: str, settings: dict[str, Any], folder: Path) -> None:
@@ -314,7 +280,7 @@ FAMILY = Family(
     task="speech-to-text",
     towers=(
         Tower("encoder", "audio", "model.encoder.layers"),
-        Tower("decoder", "text", "model.decoder.layers"),
+        Tower("decoder", "text", "model.decoder.layers", stepwise=True),
     ),
     parts=(
         Part("encoder convolutions", ("model.encoder.conv*",), "encoder"),
@@ -340,6 +306,8 @@ FAMILY = Family(
     unit="30 s of audio and 25 tokens of text",
     reads="decoder_input_ids",
     window=30.0,
+    usage="speech.wav",
+    open_input=lambda path, texts: read_audio(path),
 )
 
 

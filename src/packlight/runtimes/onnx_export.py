@@ -248,21 +248,24 @@ def _fused_attention(root: torch.nn.Module) -> Iterator[None]:
     def attend(
         module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, scaling: float, **rest: Any
     ) -> tuple[Any, None]:
-        if mask is not None or getattr(module, "is_causal", False):
+        causal = rest.get("is_causal")
+        if mask is not None or (getattr(module, "is_causal", False) if causal is None else causal):
             return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **rest)
         return torch.ops.packlight.attention(query, key, value, scaling).transpose(1, 2), None
 
     AttentionInterface.register("packlight", attend)
     AttentionMaskInterface.register("packlight", sdpa_mask)
-    config = getattr(root, "config", None)
-    before = getattr(config, "_attn_implementation", None)
-    if before is not None:
-        config._attn_implementation = "packlight"
+    # Each tower of a model with several has a config of its own, which its attention reads.
+    configs = {id(c): c for m in root.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    chosen = {key: name for key, name in before.items() if name is not None}
     try:
+        for key in chosen:
+            configs[key]._attn_implementation = "packlight"
         yield
     finally:
-        if before is not None:
-            config._attn_implementation = before
+        for key, name in chosen.items():
+            configs[key]._attn_implementation = name
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight.errors import PlanError
-from packlight.layers import pack
+from packlight.packing import pack
 from packlight.quant import error_feedback, group_grid
 from packlight.techniques import Compressed, Stage, Technique
 

@@ -1,0 +1,276 @@
+"""Dual encoders: a tower for pictures or sound and one for text, whose vectors meet in one space.
+
+CLIP (Radford et al. 2021, arXiv 2103.00020), SigLIP (Zhai et al. 2023, arXiv 2303.15343) and SigLIP 2, Chinese CLIP,
+AltCLIP, ALIGN, MetaCLIP 2, any `VisionTextDualEncoder`, and CLAP for sound. transformers gives them all one face:
+`get_image_features` (or `get_audio_features`) and `get_text_features`.
+
+The loss that planning minimises is the KL divergence of the softmax over the similarities within a batch, both ways, at
+the original's own logit scale: what its contrastive training looks at.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from packlight.errors import DataError
+from packlight.families import Batch, Family, Graph, Part, Tower
+from packlight.families.dual_processing import read_processing, rows_of
+from packlight.families.pretrained import from_transformers, tokenizer_json
+from packlight.images import read_image
+
+_VISION, _AUDIO, _TEXT = "vision_model", "audio_model", "text_model"
+
+
+class Pair(NamedTuple):
+    """What one sample brings.
+
+    Args:
+        content: uint8 [height, width, 3].
+        texts: its captions or prompts; may be empty.
+    """
+
+    content: np.ndarray
+    texts: tuple[str, ...]
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def read(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any], str]:
+    """Read a dual encoder of transformers with its tokenizer and processor.
+
+    Returns:
+        (module in float32, {'processor', 'tokenizer', 'image', 'text'}, text of tokenizer.json).
+
+    Raises:
+        ModelError: damaged weights, no tokenizer or processor, or one that can't be served as the original does.
+    """
+    import transformers
+
+    module = from_transformers(getattr(transformers, config["architectures"][0]), folder)
+    tokenizer = tokenizer_json(folder)
+    return module, read_processing(folder, module, tokenizer), tokenizer
+
+
+def open_pair(path: Path, texts: Sequence[str]) -> Pair:
+    """A picture or recording with its texts. Raises DataError."""
+    return Pair(read_image(path), tuple(texts))
+
+
+# Running ------------------------------------------------------------------------------------------------------------
+
+
+def embed_content(module: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Vectors [n, d] of length 1 of pictures [n, 3, height, width]."""
+    return _unit(module.get_image_features(pixel_values=pixel_values))
+
+
+def embed_text(module: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Vectors [n, d] of length 1 of texts [n, tokens]; the mask is for texts that were padded."""
+    mask = {} if attention_mask is None else {"attention_mask": attention_mask}
+    return _unit(module.get_text_features(input_ids=input_ids, **mask))
+
+
+def _unit(found: Any) -> Tensor:
+    vectors = found if isinstance(found, Tensor) else found.pooler_output
+    return vectors / vectors.norm(dim=-1, keepdim=True)
+
+
+def scale_of(module: nn.Module) -> Tensor:
+    """What multiplies the cosine before the softmax."""
+    if hasattr(module, "temperature"):  # ALIGN divides by it
+        return 1 / module.temperature
+    return (module.logit_scale if hasattr(module, "logit_scale") else module.logit_scale_a).exp()
+
+
+@torch.inference_mode()
+def answer(
+    module: nn.Module, pair: Pair, settings: dict[str, Any], language: str | None = None, task: str = ""
+) -> list[list[float]]:
+    """The original's vectors of a picture and its texts, one input at a time, with its own processor and tokenizer."""
+    vectors = [embed_content(module, settings["processor"](pair.content))]
+    vectors += [embed_text(module, settings["tokenizer"]([text])["input_ids"]) for text in pair.texts]
+    return [v[0].tolist() for v in vectors]
+
+
+def prompt(settings: dict[str, Any], language: str | None, task: str) -> list[int]:
+    """Nothing: texts are asked as they are. Raises DataError for a language."""
+    if language is not None or task not in ("", "transcribe"):
+        raise DataError("This model compares texts as they are: it takes no --language and no --task.")
+    return []
+
+
+def prepare(
+    module: nn.Module, pairs: Sequence[Pair], words: Sequence[int], opening: Sequence[int], settings: dict[str, Any]
+) -> Batch:
+    """A batch of pictures with one text each, the first that each has.
+
+    Returns:
+        'pixel_values' [n, 3, height, width], 'input_ids' and 'attention_mask' [n, tokens]. Without the latter two where
+        a picture has no text: then only the first tower can be run.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        batch = {"pixel_values": torch.cat([settings["processor"](p.content) for p in pairs])}
+        if all(p.texts for p in pairs):
+            batch.update(settings["tokenizer"]([p.texts[0] for p in pairs]))
+    return batch
+
+
+def encode(module: nn.Module, batch: Batch) -> Batch:
+    """The batch with the pictures' vectors in it."""
+    return {**batch, "states": embed_content(module, batch["pixel_values"])}
+
+
+def run(module: nn.Module, batch: Batch) -> Tensor:
+    """Scaled similarities within the batch: [n pictures + n texts, n], each row over the other side."""
+    states = batch.get("states")
+    if states is None:
+        states = embed_content(module, batch["pixel_values"])
+    if "input_ids" not in batch:
+        return states @ states.T * scale_of(module)
+    texts = embed_text(module, batch["input_ids"], batch.get("attention_mask"))
+    logits = states @ texts.T * scale_of(module)
+    return torch.cat([logits, logits.T])
+
+
+# Exporting ----------------------------------------------------------------------------------------------------------
+
+
+class _Content(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.inner = module
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
+        return (embed_content(self.inner, pixel_values),)
+
+
+class _Text(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.inner = module
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
+        return (embed_text(self.inner, input_ids),)
+
+
+def graphs(module: nn.Module, pixel_values: Tensor, input_ids: Tensor, any_length: bool) -> tuple[Graph, ...]:
+    """A graph per tower, one input at a time.
+
+    Args:
+        module: the model.
+        pixel_values, input_ids: example inputs.
+        any_length: whether a text may have any number of ids, as where the original does not pad to a fixed one.
+    """
+    dynamic = {"input_ids": {1: "tokens"}} if any_length else {}
+    return (
+        Graph("image", _Content(module), (pixel_values,), ("pixel_values",), ("image_vector",), {}),
+        Graph("text", _Text(module), (input_ids,), ("input_ids",), ("text_vector",), dynamic),
+    )
+
+
+def serving(module: nn.Module, settings: dict[str, Any], language: str | None, task: str) -> dict[str, Any]:
+    """What `packlight.serving.dual_encoder.Settings` reads, for the manifest."""
+    scale = float(scale_of(module).detach())
+    return {"image": settings["image"], "text": settings["text"], "scale": scale, "language": None, "task": ""}
+
+
+# Structure ----------------------------------------------------------------------------------------------------------
+
+
+def bind(family: Family, module: nn.Module, settings: dict[str, Any]) -> Family:
+    """The family with the towers, parts and graphs of this module: its blocks are found by their place in it."""
+    content = _VISION if hasattr(module, _VISION) else _AUDIO
+    modality = "image" if content == _VISION else "audio"
+    name = "vision" if content == _VISION else "audio"
+    towers = (
+        Tower(name, modality, _blocks(module, content), (f"{content}.*", "visual_projection*", "audio_projection*")),
+        Tower("text", "text", _blocks(module, _TEXT), (f"{_TEXT}.*", "text_projection*")),
+    )
+    towers = tuple(replace(t, chained=_chained(module, t)) for t in towers)
+    example = settings["processor"](np.zeros((64, 64, 3), np.uint8))
+    ids = settings["tokenizer"]([" ".join("abcdefghijklmn")])["input_ids"]
+    rows = rows_of(module, lambda: (embed_content(module, example), embed_text(module, ids)))
+    return replace(
+        family,
+        towers=towers,
+        parts=(*_parts(module, name, content), *_parts(module, "text", _TEXT)),
+        graphs=partial(graphs, pixel_values=example, input_ids=ids, any_length=not settings["text"]["pad_to"]),
+        multiply_adds=partial(multiply_adds, rows=rows),
+        unit=f"one picture and a text of {ids.shape[1]} tokens",
+    )
+
+
+def _parts(module: nn.Module, name: str, root: str) -> tuple[Part, ...]:
+    attention = (f"{root}.*attn*", f"{root}.*attention*", f"{root}.*q_proj", f"{root}.*k_proj", f"{root}.*v_proj")
+    has_attention = any("attn" in path or "attention" in path for path, _ in module.get_submodule(root).named_modules())
+    projections = ("text_projection*",) if name == "text" else ("visual_projection*", "audio_projection*")
+    return (
+        Part(f"{name} token table", (f"{root}.*token_embedding", f"{root}.*word_embeddings"), name),
+        Part(f"{name} positions", (f"{root}.*position*embedding*", f"{root}.*token_type_embeddings"), name),
+        Part(f"{name} patch embedding", (f"{root}.*patch_embed*", f"{root}.*embedder.*"), name),
+        Part(f"{name} attention", attention, name),
+        Part(f"{name} {'feed-forward' if has_attention else 'convolutions'}", (f"{root}.*",), name),
+        Part(f"{name} projection", projections, name),
+    )
+
+
+def _blocks(module: nn.Module, root: str) -> str:
+    """Path of the outermost nn.ModuleList with the most parameters, or ''."""
+    lists = {p: m for p, m in module.get_submodule(root).named_modules() if isinstance(m, nn.ModuleList)}
+    outer = [p for p in lists if not any(p.startswith(f"{other}.") for other in lists)]
+    if not outer:
+        return ""
+    return f"{root}.{max(outer, key=lambda p: sum(w.numel() for w in lists[p].parameters()))}"
+
+
+def _chained(module: nn.Module, tower: Tower) -> bool:
+    """Whether every block has the same class: stages of different sizes are also told the size of their input."""
+    return bool(tower.blocks) and "swin" not in type(module.get_submodule(tower.blocks)[0]).__name__.lower()
+
+
+def multiply_adds(module: nn.Module, path: str, rows: dict[str, int]) -> int:
+    """Multiply-adds of one layer for one picture and one text, given its rows; attention products are not a layer's."""
+    return int(module.get_submodule(path).weight.numel()) * rows.get(path, 0)
+
+
+FAMILY = Family(
+    name="dual-encoder",
+    architectures=(
+        "CLIPModel",
+        "SiglipModel",
+        "ChineseCLIPModel",
+        "AltCLIPModel",
+        "AlignModel",
+        "MetaClip2Model",
+        "VisionTextDualEncoderModel",
+    ),
+    modalities=("image", "text"),
+    task="image-text",
+    towers=(),
+    parts=(),
+    tied=(),
+    read=read,
+    prompt=prompt,
+    detect_language=None,
+    answer=answer,
+    prepare=prepare,
+    encode=encode,
+    run=run,
+    graphs=partial(graphs, pixel_values=torch.zeros(0), input_ids=torch.zeros(0), any_length=True),
+    serving=serving,
+    multiply_adds=partial(multiply_adds, rows={}),
+    unit="one picture and one text",
+    reads="input_ids",
+    window=0.0,
+    usage='--images DIR "words"',
+    open_input=open_pair,
+    group=16,
+    bind=bind,
+)

@@ -1,0 +1,159 @@
+"""What stands before the towers of a dual encoder: the original's processor and tokenizer, and settings that do the same.
+
+The settings are tried on a picture and on texts when a model is read: one that the device would see otherwise is refused
+then, not after hours of work.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from packlight.errors import ModelError
+from packlight.images import ImageSettings, pixels
+from packlight.texts import TextSettings, tokenizer_of
+
+_PADDED = ("siglip", "siglip2")  # trained with every text filled up to one length, and no mask
+_PROBES = ("a photo of a cat.", "Two dogs, one ball!", "", "图片 é 1234")
+_TOLERANCE = 1e-3
+
+
+def read_processing(folder: Path, module: nn.Module, tokenizer: str) -> dict[str, Any]:
+    """The settings of a dual encoder.
+
+    Returns:
+        'processor': picture uint8 [height, width, 3] -> [1, 3, h, w]; 'tokenizer': texts -> 'input_ids',
+        'attention_mask' as the model takes them; 'image', 'text': plain settings for the device.
+
+    Raises:
+        ModelError: no processor or tokenizer in the folder, or one that the device can't repeat.
+    """
+    processor = _image_processor(folder)
+    image = image_settings(processor, folder)
+    tokenize, text = _text(folder, module, tokenizer)
+    return {"processor": processor, "tokenizer": tokenize, "image": image.to_dict(), "text": text.to_dict()}
+
+
+# Pictures -----------------------------------------------------------------------------------------------------------
+
+
+def _image_processor(folder: Path) -> Callable[[np.ndarray], Tensor]:
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    try:
+        made = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(
+            f"{folder} has no picture processor that transformers reads ({str(error).splitlines()[0]}). Put the model's "
+            "preprocessor_config.json there."
+        ) from None
+
+    def process(picture: np.ndarray) -> Tensor:
+        return made(images=Image.fromarray(picture), return_tensors="pt")["pixel_values"].float()
+
+    process.original = made  # type: ignore[attr-defined]
+    return process
+
+
+def image_settings(process: Any, folder: Path) -> ImageSettings:
+    """The settings that repeat a processor: scaling and cutting as it says, gain and offset by trying it.
+
+    Raises:
+        ModelError: a processor that does something else.
+    """
+    original = process.original
+    size = dict(original.size) if getattr(original, "do_resize", True) else {}
+    crop = bool(getattr(original, "do_center_crop", False))
+    sides = {k: int(v) for k, v in size.items() if v}
+    target = dict(original.crop_size) if crop else sides
+    black, white = (process(np.full((40, 60, 3), level, np.uint8))[0] for level in (0, 255))
+    offset = black.amin((1, 2))
+    gain = (white.amax((1, 2)) - offset) / 255
+    try:
+        made = ImageSettings(
+            height=int(target["height"]), width=int(target["width"]), shortest=sides.get("shortest_edge", 0),
+            crop=crop, resample=int(original.resample), gain=_three(gain), offset=_three(offset),
+        )  # fmt: skip
+        draw = np.random.default_rng(0)
+        for shape in ((90, 133, 3), (301, 77, 3)):
+            picture = draw.integers(0, 256, shape, dtype=np.uint8)
+            theirs, ours = process(picture).numpy(), pixels(picture, made)
+            if theirs.shape != ours.shape or np.abs(theirs - ours).max() > _TOLERANCE * max(1, np.abs(theirs).max()):
+                raise ValueError("its pixels differ from those that the device would make")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"The picture processor in {folder} ({type(original).__name__}) can't be served yet: {error}. Processors that "
+            "scale, cut out the middle and normalise can."
+        ) from None
+    return made
+
+
+def _three(values: Tensor) -> tuple[float, float, float]:
+    first, second, third = (float(v) for v in values)
+    return first, second, third
+
+
+# Texts --------------------------------------------------------------------------------------------------------------
+
+
+def _text(folder: Path, module: nn.Module, tokenizer: str) -> tuple[Callable[[Sequence[str]], dict[str, Tensor]], Any]:
+    from transformers import AutoTokenizer
+
+    try:
+        made = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(f"{folder} has no tokenizer ({str(error).splitlines()[0]}). Put the model's own there.") from None
+    room = max_tokens(module, made.model_max_length)
+    padded = module.config.model_type in _PADDED
+    canonical = hasattr(made, "canonicalize_text") and bool(getattr(made, "do_lower_case", True))
+    settings = TextSettings(room, room if padded else 0, int(made.pad_token_id or 0), canonical)
+
+    def tokenize(texts: Sequence[str]) -> dict[str, Tensor]:
+        how = {"padding": "max_length"} if padded else {"padding": True}
+        found = made(list(texts), truncation=True, max_length=room, return_tensors="pt", **how)
+        return {k: found[k] for k in (("input_ids",) if padded else ("input_ids", "attention_mask"))}
+
+    ours = tokenizer_of(tokenizer, settings)
+    for probe in _PROBES:
+        if tokenize([probe])["input_ids"][0].tolist() != ours(probe):
+            raise ModelError(
+                f"The tokenizer in {folder} ({type(made).__name__}) and its tokenizer.json give different ids for "
+                f"{probe!r}, so the device would read other texts than the original. Get the model's own tokenizer.json."
+            )
+    return tokenize, settings
+
+
+def max_tokens(module: nn.Module, wanted: int) -> int:
+    """How many ids a text may have: what the tokenizer says, and no more than the tower has positions."""
+    room = int(module.config.text_config.max_position_embeddings)
+    for path, layer in module.named_modules():
+        positions = "text" in path and path.endswith("position_embeddings") and isinstance(layer, nn.Embedding)
+        if positions and layer.padding_idx is not None:  # as in RoBERTa: positions start after the padding's
+            room -= layer.padding_idx + 1
+    return min(room, int(wanted))
+
+
+def rows_of(module: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
+    """How many rows each layer multiplies in one run: its positions, words or patches."""
+    rows: dict[str, int] = {}
+
+    def watch(path: str, layer: nn.Module) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            wide = layer.out_channels if isinstance(layer, nn.modules.conv._ConvNd) else layer.out_features
+            rows[path] = rows.get(path, 0) + out.numel() // wide
+
+        return layer.register_forward_hook(hook)
+
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    handles = [watch(p, layer) for p, layer in module.named_modules() if isinstance(layer, kinds)]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rows

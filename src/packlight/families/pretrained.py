@@ -1,0 +1,44 @@
+"""Reading a folder of transformers: its weights, refused where they are not those of its config, and its tokenizer."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from packlight.errors import ModelError
+
+
+def from_transformers(kind: Any, folder: Path) -> nn.Module:
+    """The model of that class of transformers, float32, in evaluation mode. Raises ModelError for damaged weights."""
+    try:
+        loaded: Any = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"transformers can't build the model in {folder}: {str(error).splitlines()[0]}") from None
+    module, found = loaded
+    # transformers fills such tensors with random numbers and goes on.
+    wrong = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if wrong:
+        raise ModelError(
+            f"The weights in {folder} are not those of its config.json: {len(wrong)} tensors are missing or of another "
+            f"shape, first {wrong[0]}. Download the model again."
+        )
+    return cast(nn.Module, module.eval())
+
+
+def tokenizer_json(folder: Path) -> str:
+    """The text of the folder's tokenizer.json, made from other files where it has none. Raises ModelError."""
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    from transformers import AutoTokenizer
+
+    try:
+        return str(AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer.to_str())
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{folder} has no tokenizer.json and none can be made ({str(error).splitlines()[0]})."
+        ) from None

@@ -1,0 +1,71 @@
+"""Texts as a text tower takes them: token ids of a length that it can hold. No torch."""
+
+import string
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from packlight.errors import BundleError
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How a text becomes token ids.
+
+    Args:
+        max_tokens: longer texts are cut, with the special tokens in place.
+        pad_to: every text has this many ids; 0 for as many as it needs.
+        pad: id that fills it up.
+        canonical: whether the text is first put in lower case and freed of ASCII punctuation, as SigLIP does.
+    """
+
+    max_tokens: int
+    pad_to: int = 0
+    pad: int = 0
+    canonical: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "TextSettings":
+        """Read what `to_dict` wrote. Raises BundleError for other keys or values."""
+        try:
+            made = cls(**values)
+            right = 0 < made.max_tokens <= 2**20 and 0 <= made.pad_to <= 2**20 and made.pad >= 0
+        except TypeError as error:
+            raise BundleError(f"The bundle's text settings can't be read ({error}). Write it again.") from None
+        if not right or not isinstance(made.canonical, bool):
+            raise BundleError("The bundle's text settings hold values out of range. Write the bundle again.")
+        return made
+
+
+def tokenizer_of(text: str, settings: TextSettings) -> Callable[[str], list[int]]:
+    """From a text to its token ids.
+
+    Args:
+        text: of a tokenizer.json.
+        settings: see there.
+
+    Raises:
+        ValueError: no tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(settings.max_tokens)
+    except Exception as error:
+        raise ValueError(str(error)) from None
+
+    def ids(words: str) -> list[int]:
+        if settings.canonical:
+            words = " ".join(words.lower().translate(_NO_PUNCTUATION).split())
+        found = list(tokenizer.encode(words).ids)
+        return found + [settings.pad] * (settings.pad_to - len(found))
+
+    return ids

@@ -25,7 +25,9 @@ def tokenizer_file(folder: Path) -> None:
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
     names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
-    PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=16, eos_token="[SEP]", **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=16, eos_token="[SEP]", **names).save_pretrained(
+        folder
+    )
 
 
 KINDS = ("clip", "siglip", "chinese_clip", "altclip", "align", "metaclip_2", "vit_bert")
@@ -58,8 +60,10 @@ def build(kind: str) -> Any:
     name = names[kind]
     text = {"project_dim": 24, **TEXT} if kind == "altclip" else {"projection_size": 32, **TEXT}
     vision = ALIGN if kind == "align" else VISION
-    more = {} if kind == "siglip" else {"projection_dim": 320 if kind == "align" else 24}
-    return getattr(t, f"{name}Model")(getattr(t, f"{name}Config")(text_config=text, vision_config=vision, **more)).eval()
+    more = {} if kind == "siglip" else {"projection_dim": 16 if kind == "align" else 24}
+    return getattr(t, f"{name}Model")(
+        getattr(t, f"{name}Config")(text_config=text, vision_config=vision, **more)
+    ).eval()
 
 
 def save_model(folder: Path, kind: str = "vit_bert") -> Path:

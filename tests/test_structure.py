@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "compress",
         "waves",
         "evaluate",
+        "scoring",
         "deploy",
         "serve",
         "measure",

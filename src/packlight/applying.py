@@ -10,7 +10,7 @@ import torch
 from packlight.audio import RATE, read_audio
 from packlight.bundle import is_bundle
 from packlight.compress import check, compress_
-from packlight.data import Dataset, read_dataset, split
+from packlight.data import Dataset, prompted, read_dataset, split
 from packlight.deploy import deploy
 from packlight.errors import DataError
 from packlight.evaluate import answers, spread, threads_or_all
@@ -39,6 +39,7 @@ class Options:
         trust_remote_code: see `load`.
         command: the command line, for the report.
         texts: file or folder of texts that the model is to write well, for pruning the vocabulary.
+        templates: what labels are asked with, {} in place of the label; none for the default.
         prune_vocabulary: whether plans may; a model of several languages needs `language` for it.
     """
 
@@ -51,6 +52,7 @@ class Options:
     command: str = ""
     texts: Path | None = None
     prune_vocabulary: bool = True
+    templates: tuple[str, ...] = ()
 
 
 def threads_of(options: Options, device: str = "local") -> int:
@@ -79,8 +81,10 @@ def calibration_batches(
     model: Model, calibration: Dataset, options: Options, work: Path, progress: Progress | None
 ) -> list[Batch]:
     """Teacher-forced batches of calibration samples with the original's own words."""
-    picked = replace(calibration, samples=spread(calibration, OBSERVED + JUDGED))
     family = model.family
+    if family.group > 1:
+        return _grouped(model, calibration)
+    picked = replace(calibration, samples=spread(calibration, OBSERVED + JUDGED))
 
     def answer(audio: Any) -> list[int]:
         heard = audio[: round(family.window * RATE)]  # a batch holds no more, so no words beyond it either
@@ -90,10 +94,46 @@ def calibration_batches(
     batches = []
     for sample, ids in zip(picked.samples, words, strict=True):
         audio = read_audio(sample.path)
-        language = options.language or family.detect_language(model.module, audio, model.settings)
+        language = options.language
+        if language is None and family.detect_language is not None:
+            language = family.detect_language(model.module, audio, model.settings)
         opening = family.prompt(model.settings, language, options.task)
         batches.append(family.prepare(model.module, audio, ids, opening, model.settings))
     return batches
+
+
+def _grouped(model: Model, calibration: Dataset) -> list[Batch]:
+    """Batches of several samples, which are compared with each other; at least five where there are samples for it."""
+    family = model.family
+    samples = spread(calibration, (OBSERVED + JUDGED) * family.group)
+    size = max(2, min(family.group, len(samples) // 5))
+    batches: list[Batch] = []
+    for start in range(0, len(samples), size):
+        inputs = [family.open_input(s.path, s.texts) for s in samples[start : start + size]]
+        if len(inputs) > 1 or not batches:
+            batches.append(family.prepare(model.module, inputs, [], [], model.settings))
+    return batches
+
+
+def check_input(model: Model, dataset: Dataset) -> None:
+    """Refuse samples that this model can't take. Raises DataError."""
+    if dataset.modality not in model.family.modalities:
+        raise DataError(
+            f"{dataset.source} holds {dataset.modality} files; {model.source.architecture} takes "
+            f"{' and '.join(model.family.modalities)}. Give it samples of its own kind."
+        )
+
+
+def check_calibration(model: Model, calibration: Dataset) -> None:
+    """Refuse calibration samples that this model can't take, or that a plan can't be judged by. Raises DataError."""
+    check_input(model, calibration)
+    bare = [s.id for s in calibration.samples if not s.texts]
+    if model.family.group > 1 and (bare or calibration.n < 2):
+        raise DataError(
+            f"{calibration.source}: {model.source.architecture} is judged by how well its towers match, so calibration "
+            f"needs at least two samples, each with a text or label"
+            + (f"; {len(bare)} have none, first {bare[0]}." if bare else ".")
+        )
 
 
 def divide(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -128,11 +168,13 @@ def apply(
     check_out(out)
     dataset = None
     if options.calibration is not None:
-        dataset = read_dataset(options.calibration)
+        dataset = prompted(read_dataset(options.calibration), options.templates)
     elif data is not None:
-        dataset = split(read_dataset(data), plan.seed)[0]
+        dataset = split(prompted(read_dataset(data), options.templates), plan.seed)[0]
     torch.set_num_threads(threads_or_all(options.threads))
     loaded = load(model, trust_remote_code=options.trust_remote_code)
+    if dataset is not None:
+        check_input(loaded, dataset)
     check(plan, loaded, dataset.sha256 if dataset else None)
     work = out / "work" / plan.key[:12]
     work.mkdir(parents=True, exist_ok=True)

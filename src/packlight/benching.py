@@ -2,21 +2,23 @@
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from packlight.audio import read_audio
 from packlight.bundle import is_bundle
-from packlight.data import read_dataset
-from packlight.evaluate import TIMED, Asked, rate, spread, threads_or_all, time_pair
+from packlight.data import prompted, read_dataset
+from packlight.errors import DataError
+from packlight.evaluate import TIMED, Asked, spread, threads_or_all, time_pair
 from packlight.measure import machine, measure
-from packlight.serve import open_served
+from packlight.scoring import SCORES
+from packlight.serve import Served, open_served
 from packlight.target import format_bytes, format_seconds
 
 Progress = Callable[[str, int, int], None]
-Reply = Callable[[Any], tuple[list[int], str | None]]
+Reply = Callable[[Any], tuple[list[Any], str | None]]
 
 
 def bench_bundle(
@@ -43,8 +45,9 @@ def bench_bundle(
     own = served.bundle.manifest["serving"]
     language, task = asked.language or own["language"], asked.task or own["task"]
     with tempfile.TemporaryDirectory() as folder:
-        dataset = read_dataset(data or _noise(Path(folder)))
-        files = [str(s.path.resolve()) for s in spread(dataset, 3)]
+        made_up = _noise if served.encoder is None else _picture
+        dataset = prompted(read_dataset(data or made_up(Path(folder))), asked.templates)
+        files = [(str(s.path.resolve()), s.texts) for s in spread(dataset, 3)]
         found: dict[str, Any] = {
             "bundle": measure("bundle", str(bundle.resolve()), files, threads, language, task)
             | {"size": served.bundle.size}
@@ -58,14 +61,16 @@ def bench_bundle(
             trust = asked.trust_remote_code
             model = load(against, trust_remote_code=trust)
             family = model.family
+            _check_same(model, served)
             family.prompt(model.settings, language, task)  # raises for a language or task that it does not know
             found["against"] = measure("model", model.source.path, files, threads, language, task, trust)
             found["against"]["size"] = model.source.bytes
             found["pair"] = time_pair(
                 spread(dataset, TIMED),
-                lambda audio: family.answer(model.module, audio, model.settings, language, task),
-                lambda audio: list(served.answer(audio, language, task).tokens),
+                lambda content: family.answer(model.module, content, model.settings, language, task),
+                lambda content: served.reply(content, language, task),
                 progress,
+                served.open_input,
             )
     return found | {"threads": threads, "machine": machine(), "language": language, "task": task}
 
@@ -76,6 +81,24 @@ def _noise(folder: Path) -> Path:
     noise = 0.01 * np.random.default_rng(0).standard_normal(160_000)
     soundfile.write(folder / "noise.wav", noise, 16_000)
     return folder
+
+
+def _picture(folder: Path) -> Path:
+    """A picture of noise with a text."""
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "noise.png")
+    (folder / "noise.txt").write_text("a photo of noise")
+    return folder
+
+
+def _check_same(model: Any, served: Served) -> None:
+    if model.family.task != served.bundle.manifest["task"]:
+        raise DataError(
+            f"{model.source.name} is for {model.family.task}, the bundle for {served.bundle.manifest['task']}: they can't "
+            "be timed on the same samples."
+        )
 
 
 def bench_text(found: dict[str, Any]) -> str:
@@ -113,29 +136,44 @@ def evaluate_one(name: str, data: Path, asked: Asked, progress: Progress | None 
     Raises:
         PacklightError: no model, no bundle or no samples there, or none with words.
     """
-    dataset = read_dataset(data, need_text=True)
-    reply, decode = _of_bundle(name, asked) if is_bundle(Path(name)) else _of_model(name, asked)
-    texts, spoken = [], []
+    dataset = prompted(read_dataset(data, need_text=True), asked.templates)
+    one = _of_bundle(name, asked) if is_bundle(Path(name)) else _of_model(name, asked)
+    if dataset.modality not in one.modalities:
+        raise DataError(f"{data} holds {dataset.modality} files; {name} takes {' and '.join(one.modalities)}.")
+    found, spoken = [], []
     for i, sample in enumerate(dataset.samples):
-        ids, language = reply(read_audio(sample.path))
-        texts.append(decode(ids))
-        spoken.append(language)
+        ids, language = one.reply(one.open_input(sample.path, sample.texts))
+        found.append(ids)
+        spoken.append(language or "en")
         if progress:
             progress("answering", i + 1, dataset.n)
-    return rate(dataset, texts, [language or "en" for language in spoken]) | {"seconds": dataset.seconds}
+    return SCORES[one.task][1](dataset, found, one.decode, spoken) | {"seconds": dataset.seconds}
 
 
-def _of_bundle(name: str, asked: Asked) -> tuple[Reply, Callable[[Any], str]]:
+@dataclass(frozen=True)
+class _One:
+    """What is evaluated: how it answers, and what its answers are."""
+
+    task: str
+    modalities: tuple[str, ...]
+    reply: Reply
+    decode: Callable[[Any], str]
+    open_input: Callable[..., Any]
+
+
+def _of_bundle(name: str, asked: Asked) -> _One:
     served = open_served(Path(name), asked.threads)
+    task = served.bundle.manifest["task"]
+    modalities = ("audio", "text") if served.encoder is None else ("image", "text")
 
-    def reply(audio: Any) -> tuple[list[int], str | None]:
-        said = served.answer(audio, asked.language, asked.task)
-        return list(said.tokens), said.language
+    def reply(content: Any) -> tuple[list[Any], str | None]:
+        said = served.answer(content, asked.language, asked.task)
+        return (said, None) if isinstance(said, list) else (list(said.tokens), said.language)
 
-    return reply, served.decode
+    return _One(task, modalities, reply, served.decode, served.open_input)
 
 
-def _of_model(name: str, asked: Asked) -> tuple[Reply, Callable[[Any], str]]:
+def _of_model(name: str, asked: Asked) -> _One:
     import torch
 
     from packlight.loading import load
@@ -145,8 +183,10 @@ def _of_model(name: str, asked: Asked) -> tuple[Reply, Callable[[Any], str]]:
     family, task = model.family, asked.task or "transcribe"
     family.prompt(model.settings, asked.language, task)  # raises for a language or task that it does not know
 
-    def reply(audio: Any) -> tuple[list[int], str | None]:
-        language = asked.language or family.detect_language(model.module, audio, model.settings)
-        return family.answer(model.module, audio, model.settings, language, task), language
+    def reply(content: Any) -> tuple[list[Any], str | None]:
+        language = asked.language
+        if language is None and family.detect_language is not None:
+            language = family.detect_language(model.module, content, model.settings)
+        return family.answer(model.module, content, model.settings, language, task), language
 
-    return reply, model.decoder()
+    return _One(family.task, family.modalities, reply, model.decoder(), family.open_input)

@@ -38,6 +38,10 @@ Calibration = Annotated[
 Threads = Annotated[int, typer.Option(min=0, help="Threads; 0 for all cores.")]
 Language = Annotated[str | None, typer.Option(help="Language code of a multilingual model; else it is detected.")]
 Task = Annotated[str | None, typer.Option(help="transcribe or translate.")]
+Templates = Annotated[
+    list[str] | None,
+    typer.Option("--template", help="What labels are asked with: 'a photo of a {}.'; may be repeated."),
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Accept Python code that the model brings.")]
 
 _FITTING = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "huggingface_hub")
@@ -108,7 +112,7 @@ def _sentence(error: Exception) -> str:
 def _asking(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that say how a model is asked, which reach it as one `asked`."""
     options = (("language", Language, None), ("task", Task, None), ("threads", Threads, 0),
-               ("trust_remote_code", Trust, False), ("as_json", Json, False))  # fmt: skip
+               ("trust_remote_code", Trust, False), ("template", Templates, None), ("as_json", Json, False))  # fmt: skip
     shared = [
         signatures.Parameter(name, signatures.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
         for name, kind, default in options
@@ -119,7 +123,9 @@ def _asking(command: Callable[..., None]) -> Callable[..., None]:
         from packlight.evaluate import Asked
 
         as_json = values.pop("as_json")
-        asked = Asked(**{p.name: values.pop(p.name) for p in shared if p.name != "as_json"})
+        templates = tuple(values.pop("template") or ())
+        named = {p.name: values.pop(p.name) for p in shared if p.name not in ("as_json", "template")}
+        asked = Asked(**named, templates=templates)
         command(asked=asked, as_json=as_json, **values)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
@@ -245,7 +251,8 @@ def _options(asked: Any, calibration: Path | None, seed: int) -> Any:
 
     command = "packlight " + shlex.join(sys.argv[1:])
     task = asked.task or "transcribe"
-    return Options(calibration, asked.language, task, asked.threads, seed, asked.trust_remote_code, command)
+    how = (asked.threads, seed, asked.trust_remote_code, command)
+    return Options(calibration, asked.language, task, *how, templates=asked.templates)
 
 
 @app.command()
@@ -278,31 +285,32 @@ def apply(
 def run(
     bundle: Folder,
     inputs: Annotated[
-        list[Path], typer.Argument(readable=False, help="Audio files: FLAC, WAV, OGG or MP3 of any rate and length.")
-    ],
+        list[str] | None, typer.Argument(help="Audio files: FLAC, WAV, OGG or MP3. Or words, with --images.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(readable=False, help="Pictures to search or sort.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Classes: cat,dog or a file with one per line.")] = None,
+    template: Templates = None,
+    top: Annotated[int, typer.Option(min=1, help="Answers to name.")] = 5,
     language: Language = None,
     task: Task = None,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Transcribe files with a bundle. Needs no PyTorch."""
-    from packlight.audio import read_audio
+    """Transcribe files, rank pictures for words, or sort pictures into classes. Needs no PyTorch."""
+    from packlight.answering import Question, ask, labels_of
     from packlight.serve import open_served
 
-    served = open_served(bundle, threads)
+    named = labels_of(labels) if labels else ()
+    question = Question(tuple(inputs or ()), images, named, tuple(template or ()), top, language, task)
     rows, failed = [], False
-    for file in inputs:
-        try:
-            start = time.perf_counter()
-            found = served.answer(read_audio(file), language, task)
-        except DataError as error:
+    for row, line in ask(open_served(bundle, threads), question):
+        if row is None:
             failed = True
-            typer.echo(f"packlight: {error}", err=True)
+            typer.echo(f"packlight: {line}", err=True)
             continue
-        seconds = time.perf_counter() - start
-        rows.append({"file": str(file), "text": found.text.strip(), "language": found.language, "seconds": seconds})
+        rows.append(row)
         if not as_json:
-            typer.echo(f"{file}: {rows[-1]['text']}" if len(inputs) > 1 else rows[-1]["text"])
+            typer.echo(line)
     if as_json:
         typer.echo(json.dumps(rows, ensure_ascii=False, indent=1))
     raise typer.Exit(2 if failed else 0)
@@ -311,12 +319,10 @@ def run(
 @app.command()
 def verify(bundle: Folder, as_json: Json = False) -> None:
     """Check a bundle: every file's sha256, and that its graphs load and answer."""
-    import numpy as np
-
     from packlight.serve import open_served
 
     served = open_served(bundle, 0)
-    served.answer(np.zeros(16000, np.float32), None, None)
+    served.answer(served.example, None, None)
     files = len(served.bundle.manifest["files"])
     found = {
         "bundle": str(bundle),
@@ -366,9 +372,11 @@ def evaluate(
 
     found = evaluate_one(model_or_bundle, data, asked, _bar(as_json))
     spoken = ", ".join(f"{code} {n}" for code, n in found["languages"].items())
+    spoken = f", scored as {spoken}" if spoken else ""
+    details = "".join(f"\n{name:24}{value:7.2%}" for name, value in found.get("details", {}).items())
     text = (
         f"{found['metric']} {found['value']:.2%}   95 % interval [{found['low']:.2%}, {found['high']:.2%}], "
-        f"n = {found['n']}, scored as {spoken}"
+        f"n = {found['n']}{spoken}{details}"
     )
     _say(found, as_json, text)
 

@@ -27,7 +27,7 @@ from packlight.techniques import Compressed, Technique
 from packlight.techniques.prune_vocabulary import PRUNE_VOCABULARY, prune_
 from packlight.techniques.tune_scales import TUNE_SCALES, tune_
 from packlight.vocabulary_rewrite import decode_ids, remap_ids
-from packlight.waves import Measure, wave_names, waves
+from packlight.waves import Measure, silent, wave_names, waves
 from packlight.windows import matrix
 
 log = logging.getLogger(__name__)
@@ -156,6 +156,12 @@ def compress_(
     need = any(a.needs_gram for a in found.values())
     tied = {head: table for table, head in model.family.tied if _is_tied(model.module, table, head)}
     with torch.inference_mode(False), torch.no_grad():
+        for tower in silent(model, batches[:1] if need else []):
+            log.warning(
+                "Calibration has not exercised the %s tower: its weights are rounded without error feedback. Give "
+                "samples for every tower, pictures with texts.",
+                tower,
+            )
         for number, (layers, sums) in enumerate(waves(model, batches if need else [])):
             records += _wave(model, layers, sums, found, tied, work / f"wave_{number:03d}")
             if progress:

@@ -167,7 +167,7 @@ def _float_activations(model: Model, module: torch.nn.Module, feed: list[torch.T
             layer.activations = activations
 
 
-def ladder(bundle_path: Path, check: dict[str, Any], agreement: float, metric: str, n: int) -> list[dict[str, Any]]:
+def ladder(bundle_path: Path, check: dict[str, Any], agreement: str, metric: str, n: int) -> list[dict[str, Any]]:
     """The rungs that a bundle was taken up, for the report."""
     verify(open_bundle(bundle_path))
     return [
@@ -189,7 +189,7 @@ def ladder(bundle_path: Path, check: dict[str, Any], agreement: float, metric: s
         {
             "rung": "the whole agrees",
             "passed": True,
-            "detail": f"{agreement:.1%} of the original's tokens, n = {n}",
+            "detail": f"{agreement}, n = {n}",
         },
         {"rung": "task metric in the runtime", "passed": True, "detail": f"{metric} on {n} samples, paired"},
     ]

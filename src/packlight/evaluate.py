@@ -5,7 +5,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from packlight.metrics import Paired, error_counts, metric_name, normalize, pair
 from packlight.plan import append_line, read_lines
 
 Progress = Callable[[str, int, int], None]
-Answer = Callable[[np.ndarray], list[int]]
+Answer = Callable[[Any], list[Any]]
+Open = Callable[[Path, Sequence[str]], Any]
 TIMED = 20  # samples whose latency is measured
 _WARMUP = 1
 
@@ -32,12 +33,14 @@ class Asked:
         task: 'transcribe' or 'translate'; None is the bundle's own task, and 'transcribe' for a model.
         threads: 0 for all cores.
         trust_remote_code: see `packlight.load`.
+        templates: what labels are asked with, {} in place of the label; none for the default.
     """
 
     language: str | None = None
     task: str | None = None
     threads: int = 0
     trust_remote_code: bool = False
+    templates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,28 +52,42 @@ class Quality(Paired):
         token_agreement: see `packlight.metrics.token_agreement`.
         identical: share of the samples whose normalised text is the same.
         languages: code -> number of samples scored in it.
+        summary: what the two share, in words.
+        details: further metrics: name -> [before, after].
     """
 
     name: str
     token_agreement: float
     identical: float
     languages: dict[str, int]
+    summary: str = ""
+    details: dict[str, list[float]] = field(default_factory=dict)
+
+
+def open_audio(path: Path, texts: Sequence[str]) -> np.ndarray:
+    """The input that a sample is for a model of speech."""
+    return read_audio(path)
 
 
 def answers(
-    dataset: Dataset, answer: Answer, kept: Path | None, what: str, progress: Progress | None = None
-) -> list[list[int]]:
-    """Token ids for every sample, in order; those in `kept` (JSON lines) are not made again."""
+    dataset: Dataset,
+    answer: Answer,
+    kept: Path | None,
+    what: str,
+    progress: Progress | None = None,
+    open_input: Open = open_audio,
+) -> list[list[Any]]:
+    """Token ids, or vectors, for every sample, in order; those in `kept` (JSON lines) are not made again."""
 
-    def tokens(audio: np.ndarray) -> list[int]:
-        return [int(t) for t in answer(audio)]
+    def tokens(content: Any) -> list[Any]:
+        return [t if isinstance(t, list) else int(t) for t in answer(content)]
 
-    return _each(dataset, tokens, kept, "tokens", what, progress)
+    return _each(dataset, tokens, kept, "tokens", (what, progress), open_input)
 
 
 def languages(
     dataset: Dataset,
-    detect: Callable[[np.ndarray], str | None],
+    detect: Callable[[np.ndarray], str | None] | None,
     given: str | None,
     kept: Path | None,
     progress: Progress | None = None,
@@ -79,14 +96,15 @@ def languages(
 
     Args:
         dataset: the samples.
-        detect: audio -> the model's own guess; None from a model of English only.
+        detect: audio -> the model's own guess, None from a model of English only; None where there is no speech.
         given: the language of all samples, if it is known.
         kept: JSON lines of what is known already.
         progress: called with (what, done, total).
     """
-    if given:
-        return [given] * dataset.n
-    return [code or "en" for code in _each(dataset, detect, kept, "language", "detecting languages", progress)]
+    if given or detect is None:
+        return [given or ""] * dataset.n
+    found = _each(dataset, detect, kept, "language", ("detecting languages", progress), open_audio)
+    return [code or "en" for code in found]
 
 
 def _each(
@@ -94,14 +112,15 @@ def _each(
     make: Callable[[np.ndarray], Any],
     kept: Path | None,
     key: str,
-    what: str,
-    progress: Progress | None,
+    said: tuple[str, Progress | None],
+    open_input: Open,
 ) -> list[Any]:
+    what, progress = said
     done = {v["sha256"]: v[key] for v in read_lines(kept)} if kept else {}
     result = []
     for i, sample in enumerate(dataset.samples):
         if sample.sha256 not in done:
-            done[sample.sha256] = make(read_audio(sample.path))
+            done[sample.sha256] = make(open_input(sample.path, sample.texts))
             if kept:
                 append_line(kept, {"id": sample.id, "sha256": sample.sha256, key: done[sample.sha256]})
         result.append(done[sample.sha256])
@@ -142,14 +161,17 @@ def quality(
             {"id": sample.id, "language": code, "reference": reference, "before": first, "after": second,
              "before_errors": old_errors, "after_errors": new_errors, "words": length}
         )  # fmt: skip
+    agreement = token_agreement(before, after)
+    identical = sum(r["before"] == r["after"] for r in rows) / len(rows)
     before_errors, after_errors, words = ([r[k] for r in rows] for k in ("before_errors", "after_errors", "words"))
     paired = paired_bootstrap(before_errors, after_errors, words)
     found = Quality(
         **vars(paired),
         name=metric_name(*spoken),
-        token_agreement=token_agreement(before, after),
-        identical=sum(r["before"] == r["after"] for r in rows) / len(rows),
+        token_agreement=agreement,
+        identical=identical,
         languages=dict(Counter(spoken)),
+        summary=f"{agreement:.1%} of tokens as the original's, {identical:.0%} of transcripts the same",
     )
     return found, sorted(rows, key=lambda r: r["before_errors"] - r["after_errors"])
 
@@ -193,14 +215,18 @@ def spread(dataset: Dataset, count: int) -> tuple[Sample, ...]:
 
 
 def time_pair(
-    samples: Sequence[Sample], first: Answer, second: Answer, progress: Progress | None = None
+    samples: Sequence[Sample],
+    first: Answer,
+    second: Answer,
+    progress: Progress | None = None,
+    open_input: Open = open_audio,
 ) -> dict[str, Any]:
     """Time two answerers on the same samples in one process, in random order sample by sample.
 
     Returns:
         medians and means of both in seconds, the ratio of the sums first / second with a 95 % bootstrap interval.
     """
-    audios = [read_audio(s.path) for s in samples]
+    audios = [open_input(s.path, s.texts) for s in samples]
     order = random.Random(0)
     for answer in (first, second):
         for audio in audios[:_WARMUP]:

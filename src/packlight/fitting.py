@@ -13,13 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import packlight
-from packlight.applying import Options, calibration_batches, check_out, divide, threads_of
+from packlight.applying import (
+    Options,
+    calibration_batches,
+    check_calibration,
+    check_input,
+    check_out,
+    divide,
+    threads_of,
+)
 from packlight.bundle import is_bundle, open_bundle
 from packlight.compress import check, compress_, old_ids
-from packlight.data import Dataset, check_disjoint, read_dataset, split
+from packlight.data import Dataset, check_disjoint, prompted, read_dataset, split
 from packlight.deploy import deploy, ladder, parity, versions
 from packlight.errors import DataError, TargetError
-from packlight.evaluate import TIMED, answers, languages, quality, spread, time_pair
+from packlight.evaluate import TIMED, answers, languages, spread, time_pair
 from packlight.families import Batch
 from packlight.loading import load
 from packlight.measure import machine, measure
@@ -27,6 +35,7 @@ from packlight.model import Model
 from packlight.plan import Plan, append_line, write_json
 from packlight.planner import front
 from packlight.report import write_report
+from packlight.scoring import SCORES
 from packlight.sensitivity import Level, activations, measure_grams, profile, prunings, sensitivity
 from packlight.serve import open_served
 from packlight.target import Target
@@ -111,14 +120,16 @@ def prepare(model: str, data: Path, target: Target, out: Path, options: Options,
             "The target asks for nothing. Name at least one of --max-size, --max-latency, --max-memory, --max-drop."
         )
     check_out(out)
-    dataset = read_dataset(data, need_text=True)
+    dataset = prompted(read_dataset(data, need_text=True), options.templates)
     if options.calibration is None:
         calibration, evaluation = split(dataset, options.seed)
     else:
-        calibration, evaluation = read_dataset(options.calibration), dataset
+        calibration, evaluation = prompted(read_dataset(options.calibration), options.templates), dataset
         check_disjoint(calibration, evaluation)
     torch.set_num_threads(threads_of(options, target.device))
     loaded = load(model, trust_remote_code=options.trust_remote_code)
+    check_input(loaded, evaluation)
+    check_calibration(loaded, calibration)
     loaded.family.prompt(loaded.settings, options.language, options.task)  # raises for a language it does not know
     free = shutil.disk_usage(next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())).free
     needed = 3 * loaded.source.bytes + 200_000_000
@@ -145,16 +156,19 @@ def _answer_of(run: Run) -> Callable[[Any], list[int]]:
 
 def _observe(run: Run) -> None:
     """The original's own words: on the evaluation samples to compare with, on the calibration samples to imitate."""
+    family = run.model.family
     run.before = answers(
         run.evaluation,
         _answer_of(run),
         run.work / "before.jsonl",
         "original on evaluation samples",
         run.progress,
+        family.open_input,
     )
+    detect = family.detect_language
     run.languages = languages(
         run.evaluation,
-        lambda audio: run.model.family.detect_language(run.model.module, audio, run.model.settings),
+        None if detect is None else lambda audio: detect(run.model.module, audio, run.model.settings),
         run.options.language,
         run.work / "languages.jsonl",
         run.progress,
@@ -253,24 +267,31 @@ def _attempt(run: Run, plan: Plan) -> dict[str, Any]:
 
     names = old_ids(plan)
 
-    def reply(audio: Any) -> list[int]:
-        tokens = served.answer(audio, run.options.language, run.options.task).tokens
-        return list(tokens) if names is None else [names[t] for t in tokens]
+    def reply(content: Any) -> list[Any]:
+        tokens = served.reply(content, run.options.language, task)
+        return tokens if names is None else [names[t] for t in tokens]
 
-    after = answers(run.evaluation, reply, folder / "after.jsonl", f"{plan.name} in ONNX Runtime", run.progress)
-    found, rows = quality(run.evaluation, run.before, after, run.model.decoder(), run.languages)
+    family = run.model.family
+    task = run.options.task if family.detect_language else None
+    what = f"{plan.name} in ONNX Runtime"
+    after = answers(run.evaluation, reply, folder / "after.jsonl", what, run.progress, family.open_input)
+    compare = SCORES[family.task][0]
+    found, rows = compare(run.evaluation, run.before, after, run.model.decoder(), run.languages)
     agreed = parity(fresh, served, judged[:2])
-    timing = time_pair(spread(run.evaluation, TIMED), _answer_of(run), reply, run.progress)
-    recordings = [str(s.path.resolve()) for s in spread(run.evaluation, 3)]
+    samples = spread(run.evaluation, TIMED)
+    timing = time_pair(samples, _answer_of(run), reply, run.progress, family.open_input)
     outcome = {
         "plan": plan.name, "size": open_bundle(bundle).size, "quality": asdict(found), "rows": rows[:10],
         "timing": timing, "records": [asdict(r) for r in records], "parity": agreed,
-        "process": measure(
-            "bundle", str(bundle.resolve()), recordings, threads, run.options.language, run.options.task
-        ),
+        "process": measure("bundle", str(bundle.resolve()), _measured(run), threads, run.options.language, task),
     }  # fmt: skip
     write_json(done, outcome)
     return outcome | {"missed": _missed(run, outcome)}
+
+
+def _measured(run: Run) -> list[tuple[str, Sequence[str]]]:
+    """The samples that the processes are measured on."""
+    return [(str(s.path.resolve()), s.texts) for s in spread(run.evaluation, 3)]
 
 
 def _named(run: Run, plan: Plan) -> Progress | None:
@@ -312,14 +333,13 @@ def _finish(
     draft.rename(run.out / "bundle")
     kept = run.work / "original.json"
     if not kept.is_file():
-        recordings = [str(s.path.resolve()) for s in spread(run.evaluation, 3)]
         options = run.options
         asked = (threads_of(options, run.target.device), options.language, options.task, options.trust_remote_code)
-        write_json(kept, measure("model", run.model.source.path, recordings, *asked))
+        write_json(kept, measure("model", run.model.source.path, _measured(run), *asked))
     rungs = ladder(
         run.out / "bundle",
         outcome["parity"],
-        outcome["quality"]["token_agreement"],
+        outcome["quality"]["summary"],
         outcome["quality"]["name"],
         run.evaluation.n,
     )

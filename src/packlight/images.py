@@ -21,8 +21,9 @@ class ImageSettings:
     """How a picture becomes the input of a tower.
 
     Args:
-        height, width: pixels that it is scaled to.
-        shortest: pixels of its shorter side instead, the other side in proportion; 0 to scale to height and width.
+        height, width: pixels of the input.
+        shortest: pixels that its shorter side is scaled to, the other in proportion; 0 for `scaled`.
+        scaled: height and width that it is scaled to.
         crop: whether height by width pixels are then cut out of the middle.
         resample: number of Pillow's filter: 0 nearest, 2 bilinear, 3 bicubic, 1 Lanczos.
         gain, offset: per channel: value = gain * byte + offset.
@@ -31,6 +32,7 @@ class ImageSettings:
     height: int
     width: int
     shortest: int
+    scaled: tuple[int, int]
     crop: bool
     resample: int
     gain: tuple[float, float, float]
@@ -38,15 +40,17 @@ class ImageSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict for JSON."""
-        return asdict(self) | {"gain": list(self.gain), "offset": list(self.offset)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Any) -> "ImageSettings":
         """Read what `to_dict` wrote. Raises BundleError for other keys or values."""
         try:
-            made = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-            sides = [made.height, made.width, made.shortest]
-            right = all(isinstance(v, int) and 0 <= v <= 8192 for v in sides) and min(sides[:2]) > 0
+            lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            made = cls(**lists)
+            sides = [made.height, made.width, *made.scaled, made.shortest]
+            right = all(isinstance(v, int) and 0 <= v <= 8192 for v in sides) and min(sides[:4]) > 0
+            right = right and len(made.scaled) == 2
             right = right and made.resample in range(6) and isinstance(made.crop, bool)
             for numbers in (made.gain, made.offset):
                 right = right and len(numbers) == 3 and all(math.isfinite(v) for v in numbers)
@@ -107,15 +111,15 @@ def pixels(image: Array, settings: ImageSettings) -> Array:
         other = int(settings.shortest * long / short)
         size = (settings.shortest, other) if wide <= high else (other, settings.shortest)
     else:
-        size = (settings.width, settings.height)
+        size = (settings.scaled[1], settings.scaled[0])
     # A strip of 1 by 10,000 pixels would be scaled to gigabytes of which the middle is kept: scale that alone.
     image = _middle(image, size, settings)
     if settings.shortest and max(size) > 64 * settings.shortest:
         size = (min(size[0], 64 * settings.shortest), min(size[1], 64 * settings.shortest))
     scaled = np.asarray(Image.fromarray(image).resize(size, Image.Resampling(settings.resample)))
-    if settings.crop or settings.shortest:
+    if settings.crop:
         scaled = _cut(scaled, settings.height, settings.width)
-    gain, offset = np.float32(settings.gain), np.float32(settings.offset)
+    gain, offset = np.array(settings.gain, np.float32), np.array(settings.offset, np.float32)
     return np.ascontiguousarray((scaled.astype(np.float32) * gain + offset).transpose(2, 0, 1)[None])
 
 

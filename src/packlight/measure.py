@@ -23,7 +23,7 @@ _PATIENCE = 1800  # seconds after which the process is given up
 def measure(
     kind: str,
     name: str,
-    recordings: Sequence[str],
+    recordings: Sequence[str | tuple[str, Sequence[str]]],
     threads: int,
     language: str | None = None,
     task: str | None = None,
@@ -34,7 +34,7 @@ def measure(
     Args:
         kind: 'bundle' or 'model'.
         name: its folder.
-        recordings: audio files.
+        recordings: files, or (file, its texts).
         threads: 0 for all cores.
         language: of a multilingual model; None is the bundle's own, else it is detected.
         task: None is the bundle's own, and 'transcribe' for a model.
@@ -48,7 +48,8 @@ def measure(
         PacklightError: the process failed or took too long; the message holds its last line.
     """
     how = {"threads": threads, "language": language, "task": task, "trust_remote_code": trust_remote_code}
-    command = [sys.executable, "-m", "packlight.measure", kind, name, json.dumps(how), *recordings]
+    command = [sys.executable, "-m", "packlight.measure", kind, name, json.dumps(how)]
+    command += [json.dumps([r, []] if isinstance(r, str) else [r[0], list(r[1])]) for r in recordings]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
     except subprocess.TimeoutExpired:
@@ -97,30 +98,32 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def _answerer(kind: str, name: str, how: dict[str, Any]) -> Any:
+def _answerer(kind: str, name: str, how: dict[str, Any]) -> tuple[Any, Any]:
+    """(what answers, what opens an input)."""
     language, task, threads = how["language"], how["task"], how["threads"]
     if kind == "bundle":
         from packlight.serve import open_served
 
         served = open_served(Path(name), threads)
-        return lambda audio: served.answer(audio, language, task)
+        return (lambda content: served.answer(content, language, task)), served.open_input
     import torch
 
     from packlight.loading import load
 
     torch.set_num_threads(threads or (os.cpu_count() or 1))
     model = load(name, trust_remote_code=how["trust_remote_code"])
-    return lambda audio: model.family.answer(model.module, audio, model.settings, language, task or "transcribe")
+    family, settings = model.family, model.settings
+    family.prompt(settings, language, task or "transcribe")  # raises for a language or task that it does not know
+    asked = (language, task or "transcribe")
+    return (lambda content: family.answer(model.module, content, settings, *asked)), family.open_input
 
 
 def _main(arguments: list[str]) -> None:
-    from packlight.audio import read_audio
-
     kind, name, how, *recordings = arguments
     start = time.perf_counter()
-    answer = _answerer(kind, name, json.loads(how))
+    answer, open_input = _answerer(kind, name, json.loads(how))
     load = time.perf_counter() - start
-    audios = [read_audio(Path(r)) for r in recordings]
+    audios = [open_input(Path(path), texts) for path, texts in map(json.loads, recordings)]
     if audios:
         answer(audios[0])  # warm-up
     before, seconds = joules(), []

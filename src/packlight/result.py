@@ -115,7 +115,7 @@ def _measured(plan: Plan, tried: Sequence[dict[str, Any]]) -> dict[str, Any] | N
 
 
 def _notes(run: Any, found: dict[str, Any]) -> list[str]:
-    notes = ["The interval resamples utterances; speakers recur, so the true uncertainty is somewhat larger."]
+    notes = list(run.model.family.notes)
     if found["n"] < 100:
         notes.append(f"Only {found['n']} evaluation samples: the interval is wide. More samples make it narrower.")
     spoken = found.get("languages", {})

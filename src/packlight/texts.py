@@ -59,7 +59,7 @@ def tokenizer_of(text: str, settings: TextSettings) -> Callable[[str], list[int]
         tokenizer = Tokenizer.from_str(text)
         tokenizer.no_padding()
         tokenizer.enable_truncation(settings.max_tokens)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower class
         raise ValueError(str(error)) from None
 
     def ids(words: str) -> list[int]:

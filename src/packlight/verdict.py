@@ -89,7 +89,7 @@ def verdict_text(result: dict[str, Any], out: Path) -> str:
         f"{'load':13}{format_seconds(before['load']):>12}{format_seconds(after['load']):>12}{ratios['load']:>9.1f}x",
         f"{'energy':13}" + (f"{before['energy']:>10.1f} J{after['energy']:>10.1f} J" if after["energy"] and before["energy"] else
                             "not measured: this machine reports none"),
-        f"{'tokens':13}{metric['token_agreement']:.1%} as the original's, {metric['identical']:.0%} of transcripts the same",
+        f"{'agreement':13}{metric['summary']}",
         f"{'plan':13}{result['plan']['name']}: " + "; ".join(
             f"{p['name']} {p['rate']:.2f} b" for p in result["parts"] if p["rate"] is not None),
     ]  # fmt: skip

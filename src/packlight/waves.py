@@ -60,6 +60,17 @@ def waves(model: Model, batches: Sequence[Batch]) -> Iterator[tuple[list[str], M
     yield [p for p in last if p in layers], partial(_measure_head, model, batches)
 
 
+def silent(model: Model, batches: Sequence[Batch]) -> list[str]:
+    """Names of the towers that no layer of was run by these batches."""
+    if not batches:
+        return []
+    paths = [p for tower in model.family.towers for p in model.layers() if tower.has(p)]
+    with grams(_watched(model.module, paths)) as sums:
+        for batch in batches:
+            model.family.run(model.module, batch)
+    return [t.name for t in model.family.towers if not any(t.has(p) for p in sums)]
+
+
 def _blocks(module: nn.Module, tower: Tower) -> int:
     return len(list(module.get_submodule(tower.blocks).children())) if tower.blocks else 0
 

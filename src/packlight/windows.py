@@ -32,7 +32,7 @@ def matrix(layer: nn.Module) -> Tensor:
         if isinstance(layer, nn.modules.conv._ConvNd):
             raise PlanError("Only plain convolutions (no groups, no dilation) can be compressed yet; name float16.")
         raise PlanError(f"A layer of kind {type(layer).__name__} can't be compressed.")
-    weight: Tensor = layer.weight.detach()  # type: ignore[operator, union-attr, assignment]
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         return weight.movedim(1, -1).reshape(layer.out_channels, -1)
     return weight

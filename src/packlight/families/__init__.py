@@ -106,6 +106,7 @@ class Family:
         unit: the amount of work that multiply-adds are given for, in words.
         reads: key of the batches' token ids, which the tied table is looked up by.
         window: seconds of a sample that a batch holds.
+        notes: sentences that a reader of its metric should know.
         usage: what follows `packlight run BUNDLE` in a bundle's card.
         open_input: (path, texts) -> what `answer` and `prepare` take.
         group: samples in a batch.
@@ -136,6 +137,7 @@ class Family:
     usage: str
     open_input: Callable[[Path, Sequence[str]], Any]
     group: int = 1
+    notes: tuple[str, ...] = ()
     bind: "Callable[[Family, nn.Module, dict[str, Any]], Family] | None" = None
 
     def part_of(self, path: str) -> Part | None:

@@ -91,11 +91,16 @@ def scale_of(module: nn.Module) -> Tensor:
 
 @torch.inference_mode()
 def answer(
-    module: nn.Module, pair: Pair, settings: dict[str, Any], language: str | None = None, task: str = ""
+    module: nn.Module,
+    pair: tuple[Any, Sequence[str]],
+    settings: dict[str, Any],
+    language: str | None = None,
+    task: str = "",
 ) -> list[list[float]]:
     """The original's vectors of a picture and its texts, one input at a time, with its own processor and tokenizer."""
-    vectors = [embed_content(module, settings["processor"](pair.content))]
-    vectors += [embed_text(module, settings["tokenizer"]([text])["input_ids"]) for text in pair.texts]
+    content, texts = pair
+    vectors = [embed_content(module, settings["processor"](content))]
+    vectors += [embed_text(module, settings["tokenizer"]([text])["input_ids"]) for text in texts]
     return [v[0].tolist() for v in vectors]
 
 
@@ -165,7 +170,8 @@ def graphs(module: nn.Module, pixel_values: Tensor, input_ids: Tensor, any_lengt
 
     Args:
         module: the model.
-        pixel_values, input_ids: example inputs.
+        pixel_values: an example picture [1, 3, height, width].
+        input_ids: an example text [1, tokens].
         any_length: whether a text may have any number of ids, as where the original does not pad to a fixed one.
     """
     dynamic = {"input_ids": {1: "tokens"}} if any_length else {}
@@ -272,5 +278,8 @@ FAMILY = Family(
     usage='--images DIR "words"',
     open_input=open_pair,
     group=16,
+    notes=(
+        "The interval resamples pictures, each with all its texts; the set that they are searched in stays the same.",
+    ),
     bind=bind,
 )

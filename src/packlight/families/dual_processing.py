@@ -55,7 +55,7 @@ def _image_processor(folder: Path) -> Callable[[np.ndarray], Tensor]:
     def process(picture: np.ndarray) -> Tensor:
         return made(images=Image.fromarray(picture), return_tensors="pt")["pixel_values"].float()
 
-    process.original = made  # type: ignore[attr-defined]
+    process.original = made
     return process
 
 
@@ -76,7 +76,7 @@ def image_settings(process: Any, folder: Path) -> ImageSettings:
     try:
         made = ImageSettings(
             height=int(target["height"]), width=int(target["width"]), shortest=sides.get("shortest_edge", 0),
-            crop=crop, resample=int(original.resample), gain=_three(gain), offset=_three(offset),
+            scaled=(sides.get("height", 1), sides.get("width", 1)), crop=crop, resample=int(original.resample), gain=_three(gain), offset=_three(offset),
         )  # fmt: skip
         draw = np.random.default_rng(0)
         for shape in ((90, 133, 3), (301, 77, 3)):
@@ -106,7 +106,9 @@ def _text(folder: Path, module: nn.Module, tokenizer: str) -> tuple[Callable[[Se
     try:
         made = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"{folder} has no tokenizer ({str(error).splitlines()[0]}). Put the model's own there.") from None
+        raise ModelError(
+            f"{folder} has no tokenizer ({str(error).splitlines()[0]}). Put the model's own there."
+        ) from None
     room = max_tokens(module, made.model_max_length)
     padded = module.config.model_type in _PADDED
     canonical = hasattr(made, "canonicalize_text") and bool(getattr(made, "do_lower_case", True))

@@ -307,6 +307,7 @@ FAMILY = Family(
     reads="decoder_input_ids",
     window=30.0,
     usage="speech.wav",
+    notes=("The interval resamples utterances; speakers recur, so the true uncertainty is somewhat larger.",),
     open_input=lambda path, texts: read_audio(path),
 )
 

@@ -1,0 +1,145 @@
+"""Which metric a task has: before and after on the same samples, and alone.
+
+Speech is scored by `packlight.evaluate`. Dual encoders here: pictures with labels by zero-shot top-1 error, pictures with
+texts by the share of texts whose picture is not among the first ten, 1 - recall@10.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from packlight.data import Dataset
+from packlight.errors import DataError
+from packlight.evaluate import Quality, quality, rate
+from packlight.metrics import paired_bootstrap
+from packlight.retrieval import KS, class_ranks, class_vectors, recall, retrieval_ranks, right_pairs
+
+Vectors = Sequence[Sequence[Sequence[float]]]
+MAIN = 10  # the k of the metric that targets are about
+
+
+def images_and_texts(found: Vectors) -> tuple[np.ndarray, list[np.ndarray]]:
+    """([samples, d] pictures, per sample [its texts, d]) from answers, each a picture's vector and its texts'."""
+    return np.array([a[0] for a in found]), [np.array(a[1:]).reshape(len(a) - 1, -1) for a in found]
+
+
+def _labels(dataset: Dataset, texts: Sequence[np.ndarray]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """(names of classes, their vectors, [samples] the number of each sample's class)."""
+    first = {s.label or "": i for i, s in reversed(list(enumerate(dataset.samples)))}
+    names = sorted(first)
+    vectors = class_vectors([texts[first[name]] for name in names])
+    return names, vectors, np.array([names.index(s.label or "") for s in dataset.samples])
+
+
+def _check(dataset: Dataset) -> None:
+    bare = [s.id for s in dataset.samples if not s.texts]
+    if bare:
+        raise DataError(f"{dataset.source}: {len(bare)} pictures have neither texts nor a label, first {bare[0]}.")
+    if dataset.n < 2:
+        raise DataError(f"{dataset.source} has one picture; ranking needs two or more.")
+
+
+def _ranks(dataset: Dataset, found: Vectors) -> dict[str, Any]:
+    """'texts' ranks of pictures per text, 'images' ranks of texts per picture; for labels 'images' alone, of classes."""
+    images, texts = images_and_texts(found)
+    if dataset.by_label:
+        names, classes, truth = _labels(dataset, texts)
+        scores = images @ classes.T
+        return {"images": class_ranks(images, classes, truth), "top": [names[i] for i in scores.argmax(1)]}
+    right, flat, owner = right_pairs([s.texts for s in dataset.samples])
+    to_image, to_text = retrieval_ranks(images, texts, right)
+    scores = np.concatenate(texts) @ images.T
+    top = [(dataset.samples[i].text or "") for i in scores.argmax(1)]
+    return {"texts": to_image, "images": to_text, "top": top, "flat": flat, "owner": owner}
+
+
+def _details(ranks: dict[str, Any]) -> dict[str, float]:
+    if "texts" not in ranks:
+        return {"top-1": recall(ranks["images"], 1), "top-5": recall(ranks["images"], 5)}
+    ways = (("text to image", "texts"), ("image to text", "images"))
+    return {f"{way} recall@{k}": recall(ranks[key], k) for way, key in ways for k in KS}
+
+
+def _misses(dataset: Dataset, ranks: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """([samples] queries that missed, [samples] queries): a picture's captions are resampled together."""
+    if "texts" not in ranks:
+        return (ranks["images"] >= 1).astype(int), np.ones(dataset.n, dtype=int)
+    missed = np.bincount(ranks["owner"], ranks["texts"] >= MAIN, dataset.n).astype(int)
+    return missed, np.bincount(ranks["owner"], minlength=dataset.n)
+
+
+def _name(dataset: Dataset) -> str:
+    return "top-1 error" if dataset.by_label else f"1 - R@{MAIN}"
+
+
+def dual_quality(
+    dataset: Dataset, before: Vectors, after: Vectors, decode: Any = None, language: Any = None
+) -> tuple[Quality, list[dict[str, Any]]]:
+    """Compare two sets of vectors of the same pictures and texts.
+
+    Returns:
+        the quality, and one row per query: id, reference, what ranked first before and after, errors of both; most harmed
+        first.
+
+    Raises:
+        DataError: a picture without text or label, or only one picture.
+    """
+    _check(dataset)
+    old, new = _ranks(dataset, before), _ranks(dataset, after)
+    (first, count), (second, _) = _misses(dataset, old), _misses(dataset, new)
+    same = float(np.mean([a == b for a, b in zip(old["top"], new["top"], strict=True)]))
+    both = _details(old), _details(new)
+    rows = _rows(dataset, old, new)
+    identical = float(np.mean([r["ranks"][0] == r["ranks"][1] for r in rows]))
+    found = Quality(
+        **vars(paired_bootstrap(first, second, count)),
+        name=_name(dataset),
+        token_agreement=same,
+        identical=identical,
+        languages={},
+        summary=f"{same:.1%} of queries have the same first answer, {identical:.0%} the same rank",
+        details={name: [value, both[1][name]] for name, value in both[0].items()},
+    )
+    return found, rows
+
+
+def _rows(dataset: Dataset, old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
+    labelled, key = "texts" not in old, "images" if "texts" not in old else "texts"
+    limit = 1 if labelled else MAIN
+    rows = []
+    for i, (a, b) in enumerate(zip(old[key], new[key], strict=True)):
+        sample = dataset.samples[i if labelled else old["owner"][i]]
+        rows.append(
+            {"id": sample.id, "language": "", "reference": sample.label if labelled else old["flat"][i],
+             "before": old["top"][i], "after": new["top"][i], "before_errors": int(a >= limit),
+             "after_errors": int(b >= limit), "words": 1, "ranks": [int(a), int(b)]}
+        )  # fmt: skip
+    return sorted(rows, key=lambda r: (r["before_errors"] - r["after_errors"], r["ranks"][0] - r["ranks"][1]))
+
+
+def dual_rate(dataset: Dataset, found: Vectors, decode: Any = None, language: Any = None) -> dict[str, Any]:
+    """The metric of one set of vectors, with the 95 % interval of a bootstrap over pictures.
+
+    Returns:
+        'metric', 'value', 'low', 'high', 'n', 'languages', 'details'.
+    """
+    _check(dataset)
+    ranks = _ranks(dataset, found)
+    missed, count = _misses(dataset, ranks)
+    paired = paired_bootstrap([0] * dataset.n, missed, count)
+    return {
+        "metric": _name(dataset), "value": paired.after, "low": paired.low, "high": paired.high, "n": paired.n,
+        "languages": {}, "details": _details(ranks),
+    }  # fmt: skip
+
+
+def _speech_rate(dataset: Dataset, found: Sequence[Sequence[int]], decode: Any, language: Sequence[str]) -> Any:
+    return rate(dataset, [decode(ids) for ids in found], language)
+
+
+# task -> (compare two sets of answers, rate one)
+SCORES: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
+    "speech-to-text": (quality, _speech_rate),
+    "image-text": (dual_quality, dual_rate),
+}

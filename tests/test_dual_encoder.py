@@ -1,0 +1,128 @@
+"""Every dual encoder goes the whole way with its own towers: float weights give the original's vectors on the device."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import packlight
+from packlight.compress import check, compress_
+from packlight.deploy import deploy, parity
+from packlight.errors import ModelError
+from packlight.families.dual_encoder import Pair, embed_content, embed_text, run
+from packlight.plan import Plan, Step
+from packlight.serve import open_served
+from small_dual import KINDS, picture, save_model
+
+TEXTS = (
+    "a red square on the light dot",
+    "Blue.",
+    "",
+    "green green green green green green green green green green green green green green green green green",
+)
+PAIRS = [Pair(picture(i), (TEXTS[i % 2],)) for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("models")
+    return {kind: save_model(base / kind, kind) for kind in KINDS}
+
+
+def served(folder, path, codes):
+    """(the original, the compressed model, the open bundle) of one plan."""
+    model = packlight.load(str(folder))
+    whole = tuple(p for p, layer in model.layers().items() if getattr(layer, "groups", 1) > 1)
+    steps = [Step("float16", {}, whole)] if whole else []
+    steps += [Step("error_feedback", {"rate": None})] if codes else []
+    batch = model.family.prepare(model.module, PAIRS, [], [], model.settings)
+    plan = Plan((*steps, Step("float16")), family="dual-encoder")
+    records = compress_(model, plan, [batch], path / "waves")
+    deploy(model, plan, records, path / "bundle", None, "")
+    return packlight.load(str(folder)), model, open_served(path / "bundle", 1), batch
+
+
+SLOW = [k if k == "siglip" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_float_weights_give_the_originals_vectors_without_torch(folders, tmp_path, kind):
+    original, _, device, _ = served(folders[kind], tmp_path, codes=False)
+    for i in range(3):
+        pair = (picture(i), TEXTS)
+        theirs = np.array(original.family.answer(original.module, pair, original.settings))
+        ours = np.array(device.reply(pair))
+        assert np.abs(theirs - ours).max() < 3e-3  # float16 weights
+        assert np.linalg.norm(ours, axis=1) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", [k if k == "align" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+def test_codes_give_in_the_runtime_what_they_give_in_torch(folders, tmp_path, kind):
+    original, model, device, batch = served(folders[kind], tmp_path, codes=True)
+    assert parity(model, device, [batch])["passed"]
+    # Not one layer that could hold codes is left out, patches and convolutions among them.
+    left = [p for p, layer in model.layers().items() if getattr(layer, "groups", 1) == 1]
+    assert left == []
+    theirs = np.array(original.family.answer(original.module, PAIRS[0], original.settings))
+    assert 0 < np.abs(np.array(device.reply(PAIRS[0])) - theirs).max() < 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_has_a_part_and_each_part_its_tower(folders, kind):
+    model = packlight.load(str(folders[kind]))
+    names = {tower.name for tower in model.family.towers}
+    for path in model.layers():
+        part = model.family.part_of(path)
+        assert part is not None and part.tower in names
+        assert [t.name for t in model.family.towers if t.has(path)] == [part.tower]
+    for tower in model.family.towers:
+        assert isinstance(model.module.get_submodule(tower.blocks), nn.ModuleList)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_and_logits_are_those_of_the_models_own_forward(folders, kind):
+    model = packlight.load(str(folders[kind]))
+    batch = model.family.prepare(model.module, PAIRS, [], [], model.settings)
+    with torch.no_grad():
+        out = model.module(**batch)
+        image = embed_content(model.module, batch["pixel_values"])
+        text = embed_text(model.module, batch["input_ids"], batch.get("attention_mask"))
+        logits = run(model.module, batch)
+    assert torch.allclose(image, out.image_embeds, atol=1e-5) and torch.allclose(text, out.text_embeds, atol=1e-5)
+    # SigLIP adds a bias, which no softmax sees.
+    theirs = torch.log_softmax(torch.cat([out.logits_per_image, out.logits_per_text]), -1)
+    assert torch.allclose(torch.log_softmax(logits, -1), theirs, atol=1e-4)
+
+
+def test_a_layer_that_is_no_matrix_is_refused_by_codes_and_taken_by_float16(folders):
+    model = packlight.load(str(folders["align"]))
+    with pytest.raises(packlight.errors.PlanError, match="convolutions"):
+        check(Plan((Step("round_to_nearest"),), family="dual-encoder"), model)
+
+
+def test_a_processor_that_the_device_cannot_repeat_is_refused(folders, tmp_path):
+    import json
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(folders["clip"], folder)
+    file = next(f for f in folder.glob("*.json") if "image_mean" in f.read_text())
+    values = json.loads(file.read_text())
+    (values.get("image_processor") or values).update(do_pad=True, pad_size={"height": 48, "width": 48})
+    file.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match="processor"):
+        packlight.load(str(folder))
+
+
+def test_a_tokenizer_json_of_another_model_is_refused(folders, tmp_path):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(folders["siglip"], folder)
+    text = (folder / "tokenizer_config.json").read_text()
+    (folder / "tokenizer_config.json").write_text(text.replace('"model_max_length": 16', '"model_max_length": 8'))
+    assert packlight.load(str(folder)).settings["text"]["max_tokens"] == 8
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelError, match="tokenizer"):
+        packlight.load(str(folder))

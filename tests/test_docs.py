@@ -141,9 +141,13 @@ def test_howto_pages_cover_every_technique_and_setting() -> None:
 
 def test_bundle_page_names_every_key_that_readers_ask_for() -> None:
     from packlight import bundle, codec
+    from packlight.images import ImageSettings
+    from packlight.serving.dual_encoder import Settings as Dual
     from packlight.serving.whisper import Settings
+    from packlight.texts import TextSettings
 
     page = (ROOT / "docs" / "reference" / "bundle.md").read_text(encoding="utf-8")
-    assert [k for k in (*bundle._KEYS, *Settings.__dataclass_fields__) if f"`{k}`" not in page] == []
+    dual = (*ImageSettings.__dataclass_fields__, *TextSettings.__dataclass_fields__, *Dual.__dataclass_fields__)
+    assert [k for k in (*bundle._KEYS, *Settings.__dataclass_fields__, *dual) if f"`{k}`" not in page] == []
     assert [d for d in codec._DTYPES if d not in page] == []
     assert f"format version {bundle.VERSION}" in page

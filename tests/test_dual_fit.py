@@ -13,10 +13,11 @@ import packlight
 from packlight.benching import bench_bundle, evaluate_one
 from packlight.bundle import open_bundle
 from packlight.data import read_dataset
-from packlight.errors import DataError
+from packlight.errors import BundleError, DataError
 from packlight.evaluate import Asked
+from packlight.freezing import freeze
 from packlight.plan import read_plan
-from small_dual import save_model, save_pictures
+from small_dual import picture, save_model, save_pictures
 
 COMMAND = [sys.executable, "-c", "from packlight.cli import main; main()"]
 
@@ -130,7 +131,7 @@ def test_every_command_of_the_page_runs(road):
     model, _, _, _ = road
     page = (Path(__file__).parent.parent / "docs" / "howto" / "image-text.md").read_text()
     lines = [line for line in page.splitlines() if line.startswith("packlight ")]
-    assert len(lines) == 8
+    assert len(lines) == 10
     for line in lines:
         done = subprocess.run(
             [*COMMAND, *shlex.split(line)[1:]], capture_output=True, text=True, check=False, cwd=model.parent
@@ -138,6 +139,32 @@ def test_every_command_of_the_page_runs(road):
         # The drop that the page allows is more than a random model may keep: 3 says that it was measured and missed.
         assert done.returncode in ((0, 3) if "packlight fit" in line else (0,)), (line, done.stderr)
         assert done.stdout.strip()
+
+
+def test_frozen_classes_rank_as_the_bundle_that_they_were_taken_from(road, tmp_path):
+    _, _, out, _ = road
+    labels = ("red", "green", "blue", "dark square")
+    whole = packlight.open_served(out / "bundle")
+    made = freeze(whole, labels, tmp_path / "frozen", ("a photo of the {}", "{}"))
+    assert {f.name for f in made.path.iterdir()} == {"manifest.json", "image.onnx", "weights.safetensors", "README.md"}
+    assert made.size < 0.7 * whole.bundle.size
+    frozen = packlight.open_served(made.path)
+    classes = whole.encoder.embed_classes(labels, ("a photo of the {}", "{}"))
+    # Rounding to nearest moves a score by at most half a step in each of its dimensions.
+    step = np.abs(classes).max(1) / 127
+    for i in range(5):
+        exact = classes @ whole.encoder.embed_image(picture(i))
+        (scores,) = frozen.reply((picture(i), ()))
+        assert (np.abs(np.array(scores) - exact) <= step / 2 * np.sqrt(classes.shape[1]) + 1e-6).all()
+    with pytest.raises(DataError, match="no text tower"):
+        frozen.encoder.embed_text("red")
+    labelled = save_pictures(tmp_path / "labels", 9, labels=True)
+    found = evaluate_one(str(made.path), labelled, Asked())
+    assert found["metric"] == "top-1 error" and 0 <= found["value"] <= 1
+    with pytest.raises(DataError, match="different labels"):
+        freeze(whole, ("red", "red"), tmp_path / "twice")
+    with pytest.raises(BundleError, match="no text tower"):
+        freeze(frozen, ("red", "blue"), tmp_path / "again")
 
 
 def test_fit_refuses_pictures_without_words_and_sound(road, tmp_path):

@@ -12,7 +12,7 @@ FILES = sorted(SRC.rglob("*.py"))
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("rans",),
-    ("plan", "target", "report", "report_*", "bundle", "codec", "audio", "images", "texts", "metrics", "retrieval"),
+    ("plan", "target", "report", "report_*", "terminal", "bundle", "codec", "audio", "images", "texts", "metrics", "retrieval"),
     ("quant", "vocabulary", "vocabulary_*", "families", "families.*", "packing", "windows"),
     ("layers",),
     ("listing", "observe", "model"),
@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "verdict",
         "result",
     ),
-    ("applying", "inspecting", "benching", "answering"),
+    ("applying", "inspecting", "benching", "answering", "freezing"),
     ("fitting",),
     ("cli", "__init__"),
 )

@@ -13,6 +13,7 @@ from packlight.errors import DataError
 from packlight.images import SUFFIXES, read_image
 from packlight.listing import files_below
 from packlight.serve import Served
+from packlight.serving.dual_encoder import Encoder
 
 Found = tuple[dict[str, Any] | None, str]  # (a row for JSON or None, a line for people or what is wrong)
 
@@ -53,6 +54,10 @@ def ask(served: Served, question: Question) -> Iterator[Found]:
         return _transcribe(served, question)
     if question.language or question.task:
         raise DataError("This bundle compares pictures and texts: it takes no --language and no --task.")
+    if served.encoder.classes is not None:
+        if question.images is None or question.inputs or question.labels or question.templates:
+            raise DataError("This bundle sorts pictures into its own classes: name --images DIR and nothing else.")
+        return _sorted(question, served.encoder, served.encoder.settings.labels, served.encoder.classes)
     if question.images is None or bool(question.inputs) == bool(question.labels):
         raise DataError(
             'This bundle compares pictures and texts: name --images DIR, and either words to look for ("a red car") or '
@@ -113,15 +118,19 @@ def _search(served: Served, question: Question) -> Iterator[Found]:
 
 def _classify(served: Served, question: Question) -> Iterator[Found]:
     assert served.encoder is not None
-    assert question.images is not None
-    templates, labels = question.templates or TEMPLATES, question.labels
+    templates = question.templates or TEMPLATES
     wrong = [t for t in templates if t.count("{}") != 1]
     if wrong:
         raise DataError(f"The template {wrong[0]!r} must have {{}} once, where the label goes.")
-    classes = served.encoder.embed_classes(labels, templates)
+    classes = served.encoder.embed_classes(question.labels, templates)
+    return _sorted(question, served.encoder, question.labels, classes)
+
+
+def _sorted(question: Question, encoder: Encoder, labels: tuple[str, ...], classes: Any) -> Iterator[Found]:
+    assert question.images is not None
     for file in pictures(question.images):
         try:
-            scores = classes @ served.encoder.embed_image(read_image(file)) * served.encoder.settings.scale
+            scores = classes @ encoder.embed_image(read_image(file)) * encoder.settings.scale
         except DataError as error:
             yield None, str(error)
             continue

@@ -150,6 +150,16 @@ def evaluate_one(name: str, data: Path, asked: Asked, progress: Progress | None 
     return SCORES[one.task][1](dataset, found, one.decode, spoken) | {"seconds": dataset.seconds}
 
 
+def evaluate_text(found: dict[str, Any]) -> str:
+    """The same for people."""
+    spoken = ", ".join(f"{code} {n}" for code, n in found["languages"].items())
+    details = "".join(f"\n{name:24}{value:7.2%}" for name, value in found.get("details", {}).items())
+    return (
+        f"{found['metric']} {found['value']:.2%}   95 % interval [{found['low']:.2%}, {found['high']:.2%}], "
+        f"n = {found['n']}" + (f", scored as {spoken}" if spoken else "") + details
+    )
+
+
 @dataclass(frozen=True)
 class _One:
     """What is evaluated: how it answers, and what its answers are."""

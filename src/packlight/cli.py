@@ -7,7 +7,6 @@ import re
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import typer
 from packlight import __version__
 from packlight.errors import DataError, PacklightError
 from packlight.target import Target, format_bytes, format_seconds, parse_bytes, parse_drop, parse_seconds
+from packlight.terminal import progress_bar
 
 app = typer.Typer(
     add_completion=False,
@@ -152,29 +152,6 @@ def _say(values: Any, as_json: bool, text: str) -> None:
     typer.echo(json.dumps(values, ensure_ascii=False, indent=1) if as_json else text)
 
 
-def _bar(quiet: bool) -> Callable[[str, int, int], None]:
-    """Progress with time left on stderr: one line that moves on a terminal, a line per tenth elsewhere."""
-    state: dict[str, Any] = {"what": "", "start": 0.0, "tenth": -1}
-    terminal = sys.stderr.isatty()
-
-    def show(what: str, done: int, total: int) -> None:
-        if quiet:
-            return
-        now = time.monotonic()
-        if what != state["what"]:
-            state.update(what=what, start=now, tenth=-1)
-        left = (now - state["start"]) / max(done, 1) * (total - done)
-        tenth = 10 * done // max(total, 1)
-        line = f"{what}: {done}/{total}, {format_seconds(left)} left"
-        if terminal:
-            typer.echo(f"\r\x1b[K{line}" + ("\n" if done == total else ""), err=True, nl=False)
-        elif tenth != state["tenth"] and (done == 1 or done == total or tenth % 5 == 0):
-            typer.echo(line, err=True)
-        state["tenth"] = tenth
-
-    return show
-
-
 def _quiet_libraries() -> None:
     import logging
     import os
@@ -240,7 +217,7 @@ def fit(
     from packlight.verdict import verdict_text
 
     options = replace(_options(asked, calibration, seed), texts=texts, prune_vocabulary=not keep_vocabulary)
-    found = run(model, data, target, out, options, _bar(as_json))
+    found = run(model, data, target, out, options, progress_bar(as_json))
     _say(found.result, as_json, verdict_text(found.result, out))
     raise typer.Exit(0 if found.met else 3)
 
@@ -274,7 +251,7 @@ def apply(
     _quiet_libraries()
     from packlight.applying import apply as run
 
-    bundle = run(model, steps, data, out, _options(asked, calibration, steps.seed), _bar(as_json))
+    bundle = run(model, steps, data, out, _options(asked, calibration, steps.seed), progress_bar(as_json))
     from packlight.bundle import open_bundle
 
     size = open_bundle(bundle).size
@@ -317,6 +294,23 @@ def run(
 
 
 @app.command()
+def freeze(
+    bundle: Folder,
+    labels: Annotated[str, typer.Option(help="Classes: cat,dog or a file with one per line.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the new bundle.")],
+    template: Templates = None,
+    as_json: Json = False,
+) -> None:
+    """Of a bundle for pictures and text keep the pictures' side and a fixed list of classes. Needs no PyTorch."""
+    from packlight.answering import labels_of
+    from packlight.freezing import freeze as run
+    from packlight.serve import open_served
+
+    made = run(open_served(bundle), labels_of(labels), out, tuple(template or ()))
+    _say({"bundle": str(out), "size": made.size}, as_json, f"{out}   {format_bytes(made.size)}")
+
+
+@app.command()
 def verify(bundle: Folder, as_json: Json = False) -> None:
     """Check a bundle: every file's sha256, and that its graphs load and answer."""
     from packlight.serve import open_served
@@ -350,7 +344,7 @@ def bench(
 
     if against:
         _quiet_libraries()
-    found = bench_bundle(bundle, data, against, asked, _bar(as_json))
+    found = bench_bundle(bundle, data, against, asked, progress_bar(as_json))
     _say(found, as_json, bench_text(found))
 
 
@@ -368,17 +362,10 @@ def evaluate(
 
     if not is_bundle(Path(model_or_bundle)):
         _quiet_libraries()
-    from packlight.benching import evaluate_one
+    from packlight.benching import evaluate_one, evaluate_text
 
-    found = evaluate_one(model_or_bundle, data, asked, _bar(as_json))
-    spoken = ", ".join(f"{code} {n}" for code, n in found["languages"].items())
-    spoken = f", scored as {spoken}" if spoken else ""
-    details = "".join(f"\n{name:24}{value:7.2%}" for name, value in found.get("details", {}).items())
-    text = (
-        f"{found['metric']} {found['value']:.2%}   95 % interval [{found['low']:.2%}, {found['high']:.2%}], "
-        f"n = {found['n']}{spoken}{details}"
-    )
-    _say(found, as_json, text)
+    found = evaluate_one(model_or_bundle, data, asked, progress_bar(as_json))
+    _say(found, as_json, evaluate_text(found))
 
 
 @app.command()

@@ -13,7 +13,7 @@ from packlight.data import Dataset
 from packlight.errors import DataError
 from packlight.evaluate import Quality, quality, rate
 from packlight.metrics import paired_bootstrap
-from packlight.retrieval import KS, class_ranks, class_vectors, recall, retrieval_ranks, right_pairs
+from packlight.retrieval import KS, class_ranks, class_vectors, first_right, recall, retrieval_ranks, right_pairs
 
 Vectors = Sequence[Sequence[Sequence[float]]]
 MAIN = 10  # the k of the metric that targets are about
@@ -134,6 +134,29 @@ def dual_rate(dataset: Dataset, found: Vectors, decode: Any = None, language: An
     }  # fmt: skip
 
 
+def frozen_rate(dataset: Dataset, found: Vectors, decode: Callable[[int], str], language: Any = None) -> dict[str, Any]:
+    """Top-1 error of frozen classes: answers are one row of scores each, `decode` names a class by its number.
+
+    Raises:
+        DataError: a picture without a label, or with one that is none of the classes.
+    """
+    scores = np.array([row for (row,) in found])
+    number = {decode(i): i for i in range(scores.shape[1])}
+    strange = [s.id for s in dataset.samples if s.label not in number]
+    if strange:
+        raise DataError(
+            f"{dataset.source}: {len(strange)} pictures have no label that the bundle knows, first {strange[0]}. Its "
+            f"classes: {', '.join(number)}."
+        )
+    right = np.arange(scores.shape[1]) == np.array([number[s.label or ""] for s in dataset.samples])[:, None]
+    ranks = first_right(scores, right)
+    paired = paired_bootstrap([0] * dataset.n, (ranks >= 1).astype(int), [1] * dataset.n)
+    return {
+        "metric": "top-1 error", "value": paired.after, "low": paired.low, "high": paired.high, "n": paired.n,
+        "languages": {}, "details": _details({"images": ranks}),
+    }  # fmt: skip
+
+
 def _speech_rate(dataset: Dataset, found: Sequence[Sequence[int]], decode: Any, language: Sequence[str]) -> Any:
     return rate(dataset, [decode(ids) for ids in found], language)
 
@@ -142,4 +165,5 @@ def _speech_rate(dataset: Dataset, found: Sequence[Sequence[int]], decode: Any, 
 SCORES: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
     "speech-to-text": (quality, _speech_rate),
     "image-text": (dual_quality, dual_rate),
+    "image-classes": (dual_quality, frozen_rate),
 }

@@ -5,6 +5,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from packlight.texts import tokenizer_of
 
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json.gz"
+PROTOTYPES = "classes"  # prefix of the arrays that hold the vectors of frozen classes
 _MAX_TOKENIZER = 256 * 2**20
 
 
@@ -76,16 +78,15 @@ def open_served(path: Path, threads: int = 0, *, check: bool = True) -> Served:
         raise BundleError(f"{path} is for the runtime {manifest['runtime']!r}, which this packlight does not know.")
     kind, serve = _TASKS[manifest["task"]]
     settings = kind.from_dict(manifest["serving"])
-    tokenizer = _tokenizer(path / TOKENIZER)
     files = {name: path / file for name, file in manifest["graphs"].items()}
     parts = open_graphs(files, lambda names: read_weights(path / WEIGHTS, names), threads)
-    served = serve(bundle, parts, settings, tokenizer)
+    served = serve(bundle, parts, settings)
     return replace(served, load_seconds=time.perf_counter() - start)
 
 
-def _speech(bundle: Bundle, parts: dict[str, Opened], settings: Settings, tokenizer: str) -> Served:
+def _speech(bundle: Bundle, parts: dict[str, Opened], settings: Settings) -> Served:
     _check_parts(bundle.path, parts, settings)
-    decode = _decoder(bundle.path / TOKENIZER, tokenizer)
+    decode = _decoder(bundle.path / TOKENIZER)
 
     def answer(audio: np.ndarray, language: str | None = None, task: str | None = None) -> Transcript:
         return transcribe({n: p.run for n, p in parts.items()}, decode, settings, audio, language, task)
@@ -97,33 +98,55 @@ def _speech(bundle: Bundle, parts: dict[str, Opened], settings: Settings, tokeni
     return Served(bundle, parts, answer, reply, decode, 0.0, lambda path, texts: read_audio(path), example)
 
 
-def _dual(bundle: Bundle, parts: dict[str, Opened], settings: dual_encoder.Settings, tokenizer: str) -> Served:
-    due = {"image": (("pixel_values",), ("image_vector",)), "text": (("input_ids",), ("text_vector",))}
+def _dual(bundle: Bundle, parts: dict[str, Opened], settings: dual_encoder.Settings) -> Served:
+    due = {"image": _IMAGE, "text": _TEXT}
     if {name: (part.inputs, part.outputs) for name, part in parts.items()} != due:
         raise BundleError(f"{bundle.path} has other graphs than the two towers. Get it again from its source.")
     try:
-        ids = tokenizer_of(tokenizer, settings.text)
+        assert settings.text is not None
+        ids = tokenizer_of(_tokenizer(bundle.path / TOKENIZER), settings.text)
     except ValueError as error:
         raise BundleError(f"{bundle.path / TOKENIZER} holds no readable tokenizer ({error}).") from None
-    encoder = Encoder(parts["image"].run, parts["text"].run, ids, settings)
+    encoder = Encoder(parts["image"].run, settings, parts["text"].run, ids)
+
+    return _pairs(bundle, parts, encoder, partial(dual_encoder.embed, encoder))
+
+
+def _frozen(bundle: Bundle, parts: dict[str, Opened], settings: dual_encoder.Settings) -> Served:
+    if {name: (part.inputs, part.outputs) for name, part in parts.items()} != {"image": _IMAGE}:
+        raise BundleError(f"{bundle.path} has other graphs than the picture tower. Get it again from its source.")
+    found = dict(read_weights(bundle.path / WEIGHTS, [f"{PROTOTYPES}/codes", f"{PROTOTYPES}/scale"]))
+    codes, scale = found.get(f"{PROTOTYPES}/codes"), found.get(f"{PROTOTYPES}/scale")
+    if codes is None or scale is None or codes.ndim != 2 or not len(codes) == len(scale) == len(settings.labels):
+        raise BundleError(f"{bundle.path} lacks the vectors of its classes. Get it again from its source.")
+    encoder = Encoder(parts["image"].run, settings, classes=codes.astype(np.float32) * scale[:, None])
+    return _pairs(bundle, parts, encoder, lambda picture, texts: [encoder.scores(picture).tolist()])
+
+
+_IMAGE, _TEXT = (("pixel_values",), ("image_vector",)), (("input_ids",), ("text_vector",))
+
+
+def _pairs(bundle: Bundle, parts: dict[str, Opened], encoder: Encoder, reply: Callable[..., Any]) -> Served:
+    """What takes a picture and its texts."""
 
     def answer(pair: Any, language: str | None = None, task: str | None = None) -> list[list[float]]:
         if language is not None or task:
             raise DataError("This bundle compares pictures and texts: it takes no language and no task.")
         picture, texts = pair
-        return dual_encoder.embed(encoder, picture, texts)
+        return list(reply(picture, texts))
 
     def pair(path: Path, texts: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
         return read_image(path), tuple(texts)
 
     example = (np.full((64, 48, 3), 128, np.uint8), ("a photo",))
-    return Served(bundle, parts, answer, answer, lambda ids: "", 0.0, pair, example, encoder)
+    return Served(bundle, parts, answer, answer, lambda i: encoder.settings.labels[i], 0.0, pair, example, encoder)
 
 
 # task of the manifest -> (its settings, what opens it)
 _TASKS: dict[str, tuple[Any, Callable[..., Served]]] = {
     "speech-to-text": (Settings, _speech),
     "image-text": (dual_encoder.Settings, _dual),
+    "image-classes": (dual_encoder.Settings, _frozen),
 }
 
 
@@ -152,9 +175,10 @@ def _tokenizer(file: Path) -> str:
         raise BundleError(f"{file} holds no readable tokenizer ({error}).") from None
 
 
-def _decoder(file: Path, text: str) -> Callable[[Any], str]:
+def _decoder(file: Path) -> Callable[[Any], str]:
     from tokenizers import Tokenizer
 
+    text = _tokenizer(file)
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower class

@@ -27,47 +27,57 @@ class Settings:
 
     Args:
         image: how a picture becomes the input of its tower.
-        text: how a text becomes token ids.
+        text: how a text becomes token ids; None where the classes are frozen.
         scale: what multiplies the cosine before a softmax.
+        labels: the frozen classes; none where there is a text tower.
     """
 
     image: ImageSettings
-    text: TextSettings
+    text: TextSettings | None
     scale: float
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, values: Any) -> "Settings":
         """Read a manifest's 'serving'. Raises BundleError for what is missing or wrong."""
-        if not isinstance(values, dict) or not {"image", "text", "scale"} <= set(values):
-            raise BundleError("The dual encoder's settings lack image, text or scale. Write the bundle again.")
+        if not isinstance(values, dict) or not {"image", "scale"} <= set(values):
+            raise BundleError("The dual encoder's settings lack image or scale. Write the bundle again.")
+        labels, text = values.get("labels", []), values.get("text")
+        if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels) or bool(labels) == bool(text):
+            raise BundleError("The dual encoder's settings must have either text or a list of labels. Write it again.")
         scale = values["scale"]
         if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
             raise BundleError("The dual encoder's settings: 'scale' must be a number. Write the bundle again.")
-        return cls(ImageSettings.from_dict(values["image"]), TextSettings.from_dict(values["text"]), float(scale))
+        image = ImageSettings.from_dict(values["image"])
+        return cls(image, TextSettings.from_dict(text) if text else None, float(scale), tuple(labels))
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """The two towers of an open bundle.
+    """The towers of an open bundle.
 
     Args:
         image: the graph of the picture tower.
-        text: the graph of the text tower.
-        ids: text -> token ids.
         settings: see there.
+        text: the graph of the text tower; None where the classes are frozen.
+        ids: text -> token ids; None likewise.
+        classes: [labels, d] the vectors of frozen classes, else None.
     """
 
     image: Part
-    text: Part
-    ids: Callable[[str], list[int]]
     settings: Settings
+    text: Part | None = None
+    ids: Callable[[str], list[int]] | None = None
+    classes: Array | None = None
 
     def embed_image(self, picture: Array) -> Array:
         """The vector [d] of a picture uint8 [height, width, 3]."""
         return self._vector(self.image({"pixel_values": pixels(picture, self.settings.image)}), "image_vector")
 
     def embed_text(self, text: str) -> Array:
-        """The vector [d] of a text. What is too long for the model is cut."""
+        """The vector [d] of a text. What is too long for the model is cut. Raises DataError without a text tower."""
+        if self.text is None or self.ids is None:
+            raise DataError(f"This bundle has no text tower: its classes are {', '.join(self.settings.labels)}.")
         ids = np.array([self.ids(text[:_MOST])], dtype=np.int64)
         if not ids.size:
             raise DataError("The text is empty and this model's tokenizer makes no token of it. Write a word.")
@@ -76,6 +86,12 @@ class Encoder:
     def embed_classes(self, labels: Sequence[str], templates: Sequence[str]) -> Array:
         """A vector per label [labels, d]: the mean over the templates, with the label in place of {}."""
         return class_vectors([np.stack([self.embed_text(t.replace("{}", x)) for t in templates]) for x in labels])
+
+    def scores(self, picture: Array) -> Array:
+        """The cosines [labels] of a picture and the frozen classes."""
+        assert self.classes is not None
+        found: Array = self.classes @ self.embed_image(picture)
+        return found
 
     def _vector(self, found: Mapping[str, Any], name: str) -> Array:
         vector: Array = found[name].numpy()[0]

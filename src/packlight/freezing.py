@@ -1,0 +1,67 @@
+"""Frozen classes: of a dual encoder only the picture tower ships, with one vector per class in 8 bits. No torch.
+
+For a fixed list of labels the text tower has said all that it will ever say. Its vectors are rounded to int8 with one
+scale per class, symmetric and to nearest, so that a score moves by at most half a step times the norms.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from packlight.bundle import Bundle, write_bundle
+from packlight.codec import read_weights, write_weights
+from packlight.data import TEMPLATES
+from packlight.errors import BundleError, DataError
+from packlight.runtimes.onnx import external_names
+from packlight.serve import PROTOTYPES, WEIGHTS, Served
+
+
+def freeze(served: Served, labels: Sequence[str], out: Path, templates: Sequence[str] = ()) -> Bundle:
+    """Write a bundle that sorts pictures into these classes and nothing else.
+
+    Args:
+        served: an open bundle with both towers.
+        labels: two or more, all different.
+        out: the new bundle's folder.
+        templates: what labels are asked with, {} in place of the label; none for "a photo of a {}.".
+
+    Raises:
+        BundleError: a bundle without towers.
+        DataError: too few labels, one twice, or a template without {}.
+    """
+    if served.encoder is None or served.encoder.text is None:
+        raise BundleError(f"{served.bundle.path} has no text tower to take class vectors from. Name another bundle.")
+    if len(labels) < 2 or len(set(labels)) < len(labels):
+        raise DataError(f"Classes are frozen for two or more different labels; got {', '.join(labels) or 'none'}.")
+    templates = tuple(templates) or TEMPLATES
+    wrong = [t for t in templates if t.count("{}") != 1]
+    if wrong:
+        raise DataError(f"The template {wrong[0]!r} must have {{}} once, where the label goes.")
+    source = served.bundle
+    graph = (source.path / source.manifest["graphs"]["image"]).read_bytes()
+    weights = dict(read_weights(source.path / WEIGHTS, external_names(graph)))
+    codes, scale = rounded(served.encoder.embed_classes(labels, templates))
+    weights.update({f"{PROTOTYPES}/codes": codes, f"{PROTOTYPES}/scale": scale})
+    serving = {k: source.manifest["serving"][k] for k in ("image", "scale", "language", "task")}
+    manifest = {k: v for k, v in source.manifest.items() if k not in ("version", "files", "records")}
+    manifest.update(
+        task="image-classes",
+        graphs={"image": "image.onnx"},
+        serving={**serving, "labels": list(labels), "templates": list(templates)},
+    )
+
+    def fill(folder: Path) -> None:
+        (folder / "image.onnx").write_bytes(graph)
+        write_weights(folder / WEIGHTS, weights)
+        card = (source.path / "README.md").read_text(encoding="utf-8")
+        (folder / "README.md").write_text(f"{card}\n## Classes\n\n{', '.join(labels)}\n", encoding="utf-8")
+
+    return write_bundle(out, manifest, fill)
+
+
+def rounded(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(codes int8 [classes, d], scale float32 [classes]) with vectors ~ codes * scale, nearest, symmetric."""
+    peak = np.abs(vectors).max(1)
+    scale = (np.where(peak > 0, peak, 1) / 127).astype(np.float32)
+    return np.rint(vectors / scale[:, None]).clip(-127, 127).astype(np.int8), scale

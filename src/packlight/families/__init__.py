@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from packlight.context import AudioContext
+
 Batch = dict[str, Tensor]
 
 
@@ -93,6 +95,9 @@ class Family:
         unit: the amount of work that multiply-adds are given for, in words.
         reads: key of the batches' token ids, which the tied table is looked up by.
         window: seconds of a sample that a batch holds.
+        inputs: (module, batch) -> the batch with what the exported graphs take of it, where that differs.
+        shorten: (module, how much padding to keep) lets the first tower see little of it, in place; None where a
+            sample is never padded.
     """
 
     name: str
@@ -115,6 +120,8 @@ class Family:
     unit: str
     reads: str
     window: float
+    inputs: Callable[[nn.Module, Batch], Batch] = lambda module, batch: batch
+    shorten: Callable[[nn.Module, AudioContext], None] | None = None
 
     def part_of(self, path: str) -> Part | None:
         """The part that a layer belongs to, or None."""

@@ -45,7 +45,7 @@ def test_a_finest_grid_that_is_coarse_bounds_nothing() -> None:
 
 def test_the_part_that_minds_more_gets_more_bits(model: Any) -> None:
     levels = [*curve("encoder attention", 0.001), *curve("decoder feed-forward", 0.064)]
-    plans = [p for p in front(model, levels, {}, [Pruning()], ORIGIN) if p.name.startswith("p")]
+    plans = [p for p in front(model, levels, {}, [Pruning()], [], ORIGIN) if p.name.startswith("p")]
     between = [r for p in plans if None not in (r := rates(p)).values() and 2.25 not in r.values()]
     assert between
     for found in between:  # 64 times the loss is three bits, as far as the rates reach
@@ -57,7 +57,7 @@ def test_the_part_that_minds_more_gets_more_bits(model: Any) -> None:
 
 def test_the_largest_plan_has_the_least_loss_however_little_its_bytes_buy(model: Any) -> None:
     grouped = Level(TABLE, 8.0, 10_000_000, 1e-9, 0.0, technique="group_weights")
-    plans = front(model, [*curve(TABLE, 1e-6), grouped], {}, [Pruning()], ORIGIN)
+    plans = front(model, [*curve(TABLE, 1e-6), grouped], {}, [Pruning()], [], ORIGIN)
     largest = max((p for p in plans if p.name.startswith("p")), key=lambda p: p.expected["bytes"])
     assert largest.steps[0].technique == "group_weights"
     slow = next(p for p in plans if p.name == "f01")
@@ -72,13 +72,13 @@ def best(plans: list[Any], size: float) -> float:
 def test_pruning_is_taken_only_where_it_costs_less_than_bits(model: Any) -> None:
     step = Step("prune_vocabulary", {}, ("*",), "planted")
     levels = [*curve(TABLE, 0.01), *curve("encoder attention", 0.01)]
-    plain = front(model, levels, {}, [Pruning()], ORIGIN)
-    both = front(model, levels, {}, [Pruning(), Pruning(0.5, 0.005, step)], ORIGIN)
+    plain = front(model, levels, {}, [Pruning()], [], ORIGIN)
+    both = front(model, levels, {}, [Pruning(), Pruning(0.5, 0.005, step)], [], ORIGIN)
     pruned = [p for p in both if p.steps[0].technique == "prune_vocabulary"]
     assert 0 < len(pruned) < len(both) - 2
     for plan in pruned:
         assert plan.expected["kl"] < best(plain, plan.expected["bytes"])
-    dear = front(model, levels, {}, [Pruning(), Pruning(0.5, 5.0, step)], ORIGIN)
+    dear = front(model, levels, {}, [Pruning(), Pruning(0.5, 5.0, step)], [], ORIGIN)
     least = min(p.expected["bytes"] for p in plain)
     assert all(p.expected["bytes"] < least for p in dear if p.steps[0].technique == "prune_vocabulary")
 
@@ -89,6 +89,6 @@ def test_rows_are_rounded_each_for_itself_where_that_is_worth_its_time(model: An
         "encoder attention": {"int8": 2e-6, "int8_rows": 1e-6},
         "encoder feed-forward": {"int8": 1e-3, "int8_rows": 1e-5},
     }
-    plan = front(model, levels, rounding, [Pruning()], ORIGIN)[0]
+    plan = front(model, levels, rounding, [Pruning()], [], ORIGIN)[0]
     modes = {s.reason.partition(":")[0]: s.config["activations"] for s in plan.steps if "activations" in s.config}
     assert modes == {"encoder attention": "int8", "encoder feed-forward": "int8_rows"}

@@ -24,6 +24,7 @@ from packlight.plan import Plan, StepRecord, write_json
 from packlight.quant import bound, distortion
 from packlight.tables import TECHNIQUES
 from packlight.techniques import Compressed, Technique
+from packlight.techniques.audio_context import AUDIO_CONTEXT, shorten_
 from packlight.techniques.prune_vocabulary import PRUNE_VOCABULARY, prune_
 from packlight.techniques.tune_scales import TUNE_SCALES, tune_
 from packlight.vocabulary_rewrite import decode_ids, remap_ids
@@ -147,6 +148,9 @@ def compress_(
     """
     found = check(plan, model, plan.calibration.get("sha256") or ("given" if batches else None))
     work.mkdir(parents=True, exist_ok=True)
+    context = _config_of(plan, AUDIO_CONTEXT)
+    if context is not None:
+        shorten_(model, context)
     batches = _prune(model, plan, batches)
     tuning = _config_of(plan, TUNE_SCALES)
     teacher = copy.deepcopy(model.module) if tuning is not None else None

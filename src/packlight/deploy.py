@@ -125,7 +125,7 @@ def parity(model: Model, served: Served, batches: Sequence[Batch]) -> dict[str, 
 
 def _feeds(model: Model, batch: Batch) -> Iterator[tuple[Graph, list[torch.Tensor]]]:
     """The graphs with inputs: of the batch, what torch's graphs before gave, and else the example's shape at random."""
-    values = dict(batch)
+    values = dict(model.family.inputs(model.module, batch))
     draw = torch.Generator().manual_seed(0)
     for graph in model.family.graphs(model.module):
         feed = [

@@ -36,7 +36,7 @@ from packlight.plan import Plan, append_line, write_json
 from packlight.planner import front
 from packlight.report import write_report
 from packlight.scoring import SCORES
-from packlight.sensitivity import Level, activations, measure_grams, profile, prunings, sensitivity
+from packlight.sensitivity import Level, activations, contexts, measure_grams, profile, prunings, sensitivity
 from packlight.serve import open_served
 from packlight.target import Target
 from packlight.verdict import conclude
@@ -191,7 +191,10 @@ def _plan(run: Run) -> tuple[list[Level], list[Plan]]:
     levels = sensitivity(run.model, sums, judged, kept, run.progress)
     rounding = activations(run.model, judged, run.work / "activations.jsonl", run.progress)
     vocabularies = prunings(run.model, observed, judged, _languages(run), run.texts)
-    plans = front(run.model, levels, rounding, vocabularies, (_calibration(run), run.options.seed))
+    shortened = []
+    if run.target.latency is not None:
+        shortened = contexts(run.model, judged, run.work / "contexts.jsonl", run.progress)
+    plans = front(run.model, levels, rounding, vocabularies, shortened, (_calibration(run), run.options.seed))
     for plan in plans:
         check(plan, run.model, run.calibration.sha256)
     return levels, plans
@@ -225,20 +228,22 @@ def _search(run: Run, plans: Sequence[Plan]) -> list[dict[str, Any]]:
         fits = [p for p in left if limit is None or p.expected["bytes"] + run.overhead <= limit]
         return sorted(fits, key=lambda p: -p.expected["bytes"])
 
-    # The best quality that fits; where it is missed, slower plans that lose less, and last the next smaller after all.
-    kinds = ["p", "f", "f", "p"]
+    # The best quality that fits; where it is too slow, that with a shorter context; where it loses too much, slower plans
+    # that lose less; and last the next smaller after all.
+    faster = any(p.name.startswith("c") for p in plans)
+    kinds = ["p", "c", "f", "f", "p"] if faster else ["p", "f", "f", "p"]
     while kinds and len(tried) < _TRIES:
         left = fitting(kinds[0])
         if left:
             missed = attempt(left[0])["missed"]
             if not missed:
                 return list(tried.values())
-            if missed in (["latency"], ["memory"]):
+            if missed in (["latency"], ["memory"]) and not (faster and kinds[0] == "p"):
                 break  # every plan that is left is larger or slower
         if not left or "size" not in missed:  # what turned out too large gives way to the next smaller
             kinds.pop(0)
     # None does: the smallest plan that keeps the drop, whatever its size, by bisection.
-    rest = [p for p in plans if not p.name.startswith("f")]
+    rest = [p for p in plans if p.name.startswith("c" if faster else "p")]
     low, high = 0, len(rest) - 1
     while low <= high and len(tried) < _TRIES:
         middle = (low + high) // 2

@@ -89,12 +89,12 @@ def _(ids: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor, bits: int, grou
 
 
 @torch.library.custom_op("packlight::attention", mutates_args=())
-def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+def _attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
 
 @_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     return torch.empty_like(query)
 
 

@@ -14,7 +14,9 @@ from torch import nn
 from packlight.families import Part
 from packlight.model import Model
 from packlight.plan import Plan, Step
-from packlight.sensitivity import Level, Pruning, settings
+from packlight.sensitivity import Level, Pruning, Shortened, settings
+from packlight.techniques.audio_context import AudioContextConfig
+from packlight.techniques.audio_context import step as audio_context_step
 from packlight.windows import is_matrix
 
 _FINE = tuple(2.25 + 0.125 * i for i in range(24))  # rates a plan may use
@@ -78,15 +80,19 @@ def front(
     levels: Sequence[Level],
     rounding: Activations,
     vocabularies: Sequence[Pruning],
+    shortened: Sequence[Shortened],
     origin: tuple[dict[str, Any], int],
 ) -> list[Plan]:
     """Plans along the Pareto front of bytes and predicted KL, smallest first, then two with float activations.
+
+    Where a shorter context was measured, each plan of the front appears a second time with it, named c instead of p.
 
     Args:
         model: the original.
         levels: from `sensitivity`.
         rounding: from `activations`.
         vocabularies: from `prunings`.
+        shortened: from `contexts`; empty where no latency was asked for.
         origin: what the plans say of the calibration samples, and the seed.
     """
     by_part: dict[str, list[Level]] = {}
@@ -103,7 +109,29 @@ def front(
     modes = _modes(rounding, sum(min(lv.kl for lv in c) for c in parts.values()))
     chosen = _spaced(found)
     plans = [_plan(model, c, modes, f"p{i + 1:02d}", origin) for i, c in enumerate(chosen)]
-    return [*plans, *_float_plans(model, chosen[-1], origin)]
+    floats = _float_plans(model, chosen[-1], origin)
+    if not shortened:
+        return [*plans, *floats]
+    step, kl = _shorter(model, shortened, plans[-1].expected["kl"])
+    return [*plans, *[_with(step, kl, p) for p in plans], *floats]
+
+
+def _shorter(model: Model, shortened: Sequence[Shortened], loss: float) -> tuple[Step, float]:
+    """The shortest context that costs less than the largest plan does, else the one that costs least."""
+    best = next((s for s in shortened if s.kl <= loss), min(shortened, key=lambda s: s.kl))
+    kept = best.context
+    than = "less than" if best.kl <= loss else "the least that was found, yet more than"
+    reason = (
+        f"for the latency: {best.share:.0%} of the positions stay, the speech and {kept.kept} of the silence after it; "
+        f"KL {best.kl:.2g} per token, {than} the {loss:.2g} of the largest plan's weights and activations"
+    )
+    config = AudioContextConfig(kept.near, kept.middle, kept.far)
+    return audio_context_step(config, model.family.towers[0].blocks, reason), best.kl
+
+
+def _with(step: Step, kl: float, plan: Plan) -> Plan:
+    expected = plan.expected | {"kl": plan.expected["kl"] + kl}
+    return replace(plan, steps=(step, *plan.steps), name=f"c{plan.name[1:]}", expected=expected)
 
 
 def _shrunk(level: Level, share: float) -> Level:

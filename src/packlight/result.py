@@ -57,7 +57,8 @@ def assemble(
                          "kl": lv.kl, "flips": lv.flips} for lv in levels],
         "layers": outcome["records"],
         "front": [{"plan": p.name, "bytes": p.expected["bytes"] + run.overhead, "kl": p.expected["kl"],
-                   "chosen": p.name == plan.name, "measured": _measured(p, tried)} for p in plans],
+                   "chosen": p.name == plan.name, "measured": _measured(p, tried)} for p in plans
+                  if p.name[0] in (plan.name[0], "f")],
         "tries": [{"plan": t["plan"], "size": t["size"], "difference": t["quality"]["difference"], "low": t["quality"]["low"],
                    "high": t["quality"]["high"], "latency": t["timing"]["after"], "met": not t["missed"],
                    "missed": t["missed"]} for t in tried],

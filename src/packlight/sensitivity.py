@@ -4,6 +4,7 @@ Sensitivity is the Kullback-Leibler divergence of the compressed model's next-to
 per token, with one part compressed at a time, on calibration samples that gave no Gram matrix.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from packlight.context import AudioContext
 from packlight.errors import PlanError
 from packlight.families import Batch, Part
 from packlight.layers import ACTIVATIONS
@@ -157,6 +159,50 @@ def activations(
         if progress:
             progress("measuring 8-bit activations", i + 1, len(parts))
     return {p.name: {k: v for k, v in done[p.name].items() if k != "part"} for p in parts}
+
+
+CONTEXTS = (AudioContext(64, 16, 32), AudioContext(128, 32, 64), AudioContext(256, 64, 64))  # shortest first
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """What it costs to show the first tower little of the padding.
+
+    Args:
+        context: what is kept.
+        kl: per token, of that alone.
+        share: positions that are left, of all, on the judged samples.
+    """
+
+    context: AudioContext
+    kl: float
+    share: float
+
+
+def contexts(model: Model, batches: Sequence[Batch], kept: Path, progress: Progress | None = None) -> list[Shortened]:
+    """Measure each of `CONTEXTS` on the original, shortest first; none for a family that pads nothing."""
+    family, module = model.family, model.module
+    if family.shorten is None:
+        return []
+    done = {v["kept"]: v for v in read_lines(kept)}
+    pairs: list[tuple[Batch, Tensor]] = []
+    found = []
+    for i, context in enumerate(CONTEXTS):
+        if context.kept not in done:
+            with torch.no_grad():
+                pairs = pairs or [(b, torch.log_softmax(family.run(module, b), -1)) for b in batches]
+                changed = replace(model, module=copy.copy(module))
+                changed.module.config = copy.copy(module.config)
+                family.shorten(changed.module, context)
+                kl = _divergence(changed, pairs)[0]
+                lengths = [family.encode(m, b)["states"].shape[1] for m in (changed.module, module) for b in batches]
+            share = sum(lengths[: len(batches)]) / sum(lengths[len(batches) :])
+            done[context.kept] = {"kept": context.kept, "kl": kl, "share": share}
+            append_line(kept, done[context.kept])
+        found.append(Shortened(context, done[context.kept]["kl"], done[context.kept]["share"]))
+        if progress:
+            progress("measuring audio context", i + 1, len(CONTEXTS))
+    return found
 
 
 def _is_lookup(layer: nn.Module) -> bool:

@@ -156,7 +156,7 @@ def _check_parts(path: Path, parts: dict[str, Opened], settings: Settings) -> No
     cross = {f"cross_{name}" for name in pairs}
     past, present = {f"past_{name}" for name in pairs}, {f"present_{name}" for name in pairs}
     due = {
-        "encoder": ({"input_features"}, cross),
+        "encoder": ({"input_features"} | ({"positions", "sizes"} if settings.context else set()), cross),
         "decoder": ({"input_ids"} | past | cross, {"logits"} | present),
     }
     for name, (inputs, outputs) in due.items():

@@ -2,6 +2,7 @@
 
 from packlight.families import Family, dual_encoder, whisper
 from packlight.techniques import Technique
+from packlight.techniques.audio_context import AUDIO_CONTEXT
 from packlight.techniques.codes import ERROR_FEEDBACK, ROUND_TO_NEAREST
 from packlight.techniques.float16 import FLOAT16
 from packlight.techniques.groups import GROUP_WEIGHTS
@@ -11,7 +12,16 @@ from packlight.techniques.tune_scales import TUNE_SCALES
 FAMILIES: tuple[Family, ...] = (whisper.FAMILY, dual_encoder.FAMILY)
 
 TECHNIQUES: dict[str, Technique] = {
-    t.name: t for t in (PRUNE_VOCABULARY, ROUND_TO_NEAREST, ERROR_FEEDBACK, GROUP_WEIGHTS, FLOAT16, TUNE_SCALES)
+    t.name: t
+    for t in (
+        AUDIO_CONTEXT,
+        PRUNE_VOCABULARY,
+        ROUND_TO_NEAREST,
+        ERROR_FEEDBACK,
+        GROUP_WEIGHTS,
+        FLOAT16,
+        TUNE_SCALES,
+    )
 }
 
 # Runtimes and what serves a task on the device are named in the bundle's manifest; `packlight.serve` opens them.

@@ -90,8 +90,7 @@ def verdict_text(result: dict[str, Any], out: Path) -> str:
         f"{'energy':13}" + (f"{before['energy']:>10.1f} J{after['energy']:>10.1f} J" if after["energy"] and before["energy"] else
                             "not measured: this machine reports none"),
         f"{'agreement':13}{metric['summary']}",
-        f"{'plan':13}{result['plan']['name']}: " + "; ".join(
-            f"{p['name']} {p['rate']:.2f} b" for p in result["parts"] if p["rate"] is not None),
+        f"{'plan':13}{result['plan']['name']}: " + "; ".join(_steps(result)),
     ]  # fmt: skip
     lines += [f"{'':13}{result['verdict']['sentence']}"]
     if result["verdict"]["interval_crosses"]:
@@ -106,3 +105,17 @@ def verdict_text(result: dict[str, Any], out: Path) -> str:
         f"{'report':13}{out / 'report.html'}",
     ]
     return "\n".join(lines)
+
+
+_WHOLE = {
+    "audio_context": "audio context to length",
+    "prune_vocabulary": "vocabulary pruned",
+    "tune_scales": "scales tuned",
+}  # techniques of whole models, in words
+
+
+def _steps(result: dict[str, Any]) -> list[str]:
+    """What the plan does, in a few words: techniques of the whole model, then bits per weight by part."""
+    names = [step["technique"] for step in result["plan"]["steps"]]
+    rates = [f"{p['name']} {p['rate']:.2f} b" for p in result["parts"] if p["rate"] is not None]
+    return [words for name, words in _WHOLE.items() if name in names] + rates

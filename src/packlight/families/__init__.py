@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from packlight.context import AudioContext
+
 Batch = dict[str, Tensor]
 
 
@@ -112,6 +114,9 @@ class Family:
         group: samples in a batch.
         bind: (family, module, settings) -> the family with the towers, parts and graphs that this module has; None
             where all have the same.
+        inputs: (module, batch) -> the batch with what the exported graphs take of it, where that differs.
+        shorten: (module, how much padding to keep) lets the first tower see little of it, in place; None where a
+            sample is never padded.
     """
 
     name: str
@@ -139,6 +144,8 @@ class Family:
     group: int = 1
     notes: tuple[str, ...] = ()
     bind: "Callable[[Family, nn.Module, dict[str, Any]], Family] | None" = None
+    inputs: Callable[[nn.Module, Batch], Batch] = lambda module, batch: batch
+    shorten: Callable[[nn.Module, AudioContext], None] | None = None
 
     def part_of(self, path: str) -> Part | None:
         """The part that a layer belongs to, or None."""

@@ -8,6 +8,7 @@ decoder takes them in.
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from packlight.audio import RATE, read_audio
+from packlight.context import AudioContext, places, spoken_positions
 from packlight.errors import DataError, ModelError
 from packlight.families import Batch, Family, Part, Tower
 from packlight.families.ctranslate2 import config_values, is_ctranslate2, read_variables, state_dict
 from packlight.families.pretrained import from_transformers, tokenizer_json
-from packlight.families.whisper_graphs import graphs
+from packlight.families.whisper_graphs import context_of, graphs, hear
 
 _LANGUAGE = re.compile(r"^<\|([a-z]{2,3})\|>$")
 
@@ -207,13 +209,14 @@ def prepare(
         settings: generation settings.
 
     Returns:
-        'input_features' [1, mel, 3000], 'decoder_input_ids' [1, t], 'first' []: position whose logits predict the
-        first word.
+        'input_features' [1, mel, 3000], 'spoken' []: positions of the encoder that hold audio, 'decoder_input_ids'
+        [1, t], 'first' []: position whose logits predict the first word.
     """
     room = module.config.max_target_positions - len(opening)
     ids = [*opening, *list(words)[:room]]
     return {
         "input_features": features(module, audio),
+        "spoken": torch.tensor(spoken_positions(len(audio), module.config.max_source_positions)),
         "decoder_input_ids": torch.tensor([ids]),
         "first": torch.tensor(len(opening) - 1),
     }
@@ -221,15 +224,37 @@ def prepare(
 
 def encode(module: nn.Module, batch: Batch) -> Batch:
     """The batch with the encoder's output in it, so that passes through the decoder alone are cheap."""
-    states = module.model.encoder(batch["input_features"]).last_hidden_state
-    return {**batch, "states": states}
+    return {**batch, "states": _states(module, batch)}
+
+
+def _states(module: nn.Module, batch: Batch) -> Tensor:
+    if context_of(module) is None:
+        return module.model.encoder(batch["input_features"]).last_hidden_state
+    batch = inputs(module, batch)
+    return hear(module.model.encoder, batch["input_features"], batch["positions"], batch["sizes"])
+
+
+def inputs(module: nn.Module, batch: Batch) -> Batch:
+    """The batch with what the encoder's graph takes: of a short context, only the features and positions that stay."""
+    context = context_of(module)
+    if context is None:
+        return batch
+    window = module.config.max_source_positions
+    positions, sizes = (torch.from_numpy(a) for a in places(int(batch["spoken"]), window, context))
+    features = batch["input_features"][..., : 2 * len(positions)]
+    return {**batch, "input_features": features, "positions": positions, "sizes": sizes}
+
+
+def shorten_(module: nn.Module, context: AudioContext) -> None:
+    """Let the encoder see the spoken positions and few of the silence after them, from now on."""
+    module.config.audio_context = asdict(context)
 
 
 def run(module: nn.Module, batch: Batch) -> Tensor:
     """Logits [words + 1, vocabulary] at the positions that predict words and the end of the text."""
     states = batch.get("states")
     if states is None:
-        states = module.model.encoder(batch["input_features"]).last_hidden_state
+        states = _states(module, batch)
     hidden = module.model.decoder(
         input_ids=batch["decoder_input_ids"], encoder_hidden_states=states, use_cache=False
     ).last_hidden_state
@@ -257,6 +282,7 @@ def serving(module: nn.Module, settings: dict[str, Any], language: str | None, t
         "max_initial_timestamp_index": settings["max_initial_timestamp_index"],
         "language": language,
         "task": task,
+        "context": getattr(config, "audio_context", None),
     }
 
 
@@ -309,6 +335,8 @@ FAMILY = Family(
     usage="speech.wav",
     notes=("The interval resamples utterances; speakers recur, so the true uncertainty is somewhat larger.",),
     open_input=lambda path, texts: read_audio(path),
+    inputs=inputs,
+    shorten=shorten_,
 )
 
 

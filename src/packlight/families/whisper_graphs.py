@@ -3,7 +3,35 @@
 import torch
 from torch import Tensor, nn
 
+from packlight.context import AudioContext
 from packlight.families import Graph
+
+
+def context_of(module: nn.Module) -> AudioContext | None:
+    """How much padding the encoder sees; None for all of it."""
+    values = getattr(module.config, "audio_context", None)
+    return None if values is None else AudioContext(**values)
+
+
+def hear(encoder: nn.Module, features: Tensor, positions: Tensor, sizes: Tensor) -> Tensor:
+    """The encoder on a part of its window.
+
+    Args:
+        encoder: of a Whisper model.
+        features: log-mel [1, mel bins, 2 * L], the first ones of the window. The last positions are given the silence
+            at the end of these, which is as good as any.
+        positions: [L] in the window, for the table of positions.
+        sizes: [L], what attention adds for the number of positions that each stands for.
+
+    Returns:
+        [1, L, width]
+    """
+    made = nn.functional.gelu(encoder.conv2(nn.functional.gelu(encoder.conv1(features))))
+    states = made.permute(0, 2, 1) + encoder.embed_positions(positions)
+    bias = sizes[None, None, None].expand(1, 1, sizes.shape[0], -1)
+    for layer in encoder.layers:
+        states = layer(states, bias)
+    return encoder.layer_norm(states)
 
 
 class _Encoder(nn.Module):
@@ -13,8 +41,10 @@ class _Encoder(nn.Module):
         super().__init__()
         self.encoder, self.layers = module.model.encoder, module.model.decoder.layers
 
-    def forward(self, input_features: Tensor) -> tuple[Tensor, ...]:
-        states = self.encoder(input_features).last_hidden_state
+    def forward(self, input_features: Tensor, *places: Tensor) -> tuple[Tensor, ...]:
+        states = (
+            hear(self.encoder, input_features, *places) if places else self.encoder(input_features).last_hidden_state
+        )
         outputs = []
         for layer in self.layers:
             attention = layer.encoder_attn
@@ -69,11 +99,23 @@ def graphs(module: nn.Module) -> tuple[Graph, ...]:
     shape = (1, heads, config.max_source_positions, config.d_model // heads)
     pairs = [f"{kind}_{i}" for i in range(count) for kind in ("key", "value")]
     past, cross, present = ([f"{prefix}_{pair}" for pair in pairs] for prefix in ("past", "cross", "present"))
-    mel = torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)
+    whole = context_of(module) is None
+    length = config.max_source_positions if whole else config.max_source_positions // 2
+    mel = torch.zeros(1, config.num_mel_bins, 2 * length)
+    places = () if whole else (torch.arange(length), torch.zeros(length))
+    audio = {} if whole else {"input_features": {2: "frames"}, "positions": {0: "heard"}, "sizes": {0: "heard"}}
     caches = [torch.zeros(1, heads, 3, shape[3]) for _ in past] + [torch.zeros(shape) for _ in cross]
     dynamic = {"input_ids": {1: "tokens"}, **{name: {2: "past"} for name in past}}
+    dynamic |= {} if whole else {name: {2: "heard"} for name in cross}
     return (
-        Graph("encoder", _Encoder(module), (mel,), ("input_features",), tuple(cross), {}),
+        Graph(
+            "encoder",
+            _Encoder(module),
+            (mel, *places),
+            ("input_features", *(("positions", "sizes") if places else ())),
+            tuple(cross),
+            audio,
+        ),
         Graph(
             "decoder",
             _FlatDecoder(module),

@@ -8,7 +8,7 @@ they are exported (`packlight.layers`), and this file says what each becomes:
 - codes with float activations: a cast, a product with the scale, a float MatMul;
 - groups: MatMulNBits with integer arithmetic inside (accuracy_level 4; level 0 is 20 to 50 times slower at 8 bits);
 - tables: a Gather of codes;
-- attention without a mask: MultiHeadAttention, which never holds all scores at once.
+- attention without a mask: MultiHeadAttention, which never holds all scores at once; with a bias it does hold them.
 """
 
 import contextlib
@@ -58,6 +58,11 @@ _MATMUL_NBITS = _contrib(
 _ATTENTION = _contrib(
     "MultiHeadAttention",
     {"query": "T", "key": "T", "value": "T"},
+    {"num_heads": _NUMBER, "scale": OpSchema.AttrType.FLOAT},
+)
+_BIASED_ATTENTION = _contrib(
+    "MultiHeadAttention",
+    dict.fromkeys(("query", "key", "value", "bias", "key_padding_mask", "attention_bias"), "T"),
     {"num_heads": _NUMBER, "scale": OpSchema.AttrType.FLOAT},
 )
 _INT8, _FLOAT, _INT64 = ir.DataType.INT8.value, ir.DataType.FLOAT.value, ir.DataType.INT64.value
@@ -121,17 +126,19 @@ def _unpack(packed: Any, bits: int, shape: Any) -> Any:
     return op.Reshape(op.Cast(packed, to=_FLOAT), shape)
 
 
-def _attention(query: Any, key: Any, value: Any, scale: float) -> Any:
+def _attention(query: Any, key: Any, value: Any, bias: Any, scale: float) -> Any:
     heads, length, size = (query.shape[i] for i in (1, 2, 3))
 
     def rows(x: Any) -> Any:  # [batch, heads, time, size] to [batch, time, heads * size]
         return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, -1, int(heads) * int(size)]))
 
     # One query reads its keys as the cache holds them; many take the kernel that goes block by block, which wants rows.
-    many = isinstance(length, int) and length > 1
-    made = _ATTENTION(
-        rows(query), rows(key) if many else key, rows(value) if many else value, num_heads=int(heads), scale=scale
-    )
+    many = bias is not None or (isinstance(length, int) and length > 1)
+    inputs = (rows(query), rows(key), rows(value)) if many else (rows(query), key, value)
+    if bias is None:
+        made = _ATTENTION(*inputs, num_heads=int(heads), scale=scale)
+    else:
+        made = _BIASED_ATTENTION(*inputs, None, None, bias, num_heads=int(heads), scale=scale)
     return op.Transpose(op.Reshape(made, op.Constant(value_ints=[0, -1, int(heads), int(size)])), perm=[0, 2, 1, 3])
 
 
@@ -238,9 +245,14 @@ def _forget_traces(model: ir.Model) -> None:
     model.doc_string = model.graph.doc_string = None
 
 
+def _is_bias(mask: torch.Tensor) -> bool:
+    """Whether a mask is a sum that all samples and heads share, as MultiHeadAttention takes it."""
+    return mask.is_floating_point() and mask.dim() == 4 and tuple(mask.shape[:2]) == (1, 1)
+
+
 @contextlib.contextmanager
 def _fused_attention(root: torch.nn.Module) -> Iterator[None]:
-    """Let the attention of a transformers model call our operator where it has no mask."""
+    """Let the attention of a transformers model call our operator where it is not causal."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -249,9 +261,10 @@ def _fused_attention(root: torch.nn.Module) -> Iterator[None]:
         module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, scaling: float, **rest: Any
     ) -> tuple[Any, None]:
         causal = rest.get("is_causal")
-        if mask is not None or (getattr(module, "is_causal", False) if causal is None else causal):
+        causal = getattr(module, "is_causal", False) if causal is None else causal
+        if causal or not (mask is None or _is_bias(mask)):
             return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **rest)
-        return torch.ops.packlight.attention(query, key, value, scaling).transpose(1, 2), None
+        return torch.ops.packlight.attention(query, key, value, mask, scaling).transpose(1, 2), None
 
     AttentionInterface.register("packlight", attend)
     AttentionMaskInterface.register("packlight", sdpa_mask)

@@ -12,14 +12,16 @@ second try, a window that loops is stopped and its loop cut to one round.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from packlight.errors import BundleError, DataError
+from packlight.context import places, spoken_positions
+from packlight.errors import DataError
 from packlight.serving.whisper_features import HOP, RATE, log_mel
+from packlight.serving.whisper_settings import Settings
 
 __all__ = ["Part", "Settings", "Transcript", "log_mel", "timestamp_rules_", "transcribe"]
 
@@ -31,105 +33,6 @@ _STAMP = RATE // 50  # samples from one timestamp token to the next: 20 ms
 _TAIL = RATE // 10  # samples: a rest shorter than this holds no word
 _STRIDE = RATE  # samples: the least a window of long audio moves on, so an hour takes at most 3600 windows
 _LOOP_ROUNDS, _LOOP_TOKENS, _LOOP_LONGEST = 4, 24, 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """All that decoding must know of a model.
-
-    Text tokens come before `eos`, and timestamps are the last ids, 20 ms apart: so in every Whisper.
-
-    Args:
-        mel_bins: rows of the spectrogram, 80 or 128.
-        frames: columns of the spectrogram, 10 ms each.
-        layers: blocks of the decoder.
-        heads: attention heads of the decoder.
-        head_size: width of one head.
-        start: id of the token that starts every prompt.
-        eos: id of the token that ends the text.
-        no_timestamps: id of the token that asks for text alone, or None.
-        timestamp_begin: id of the timestamp 0.00, or None when the model has no timestamps.
-        language_ids: ids by language code, such as 'en'; empty for a model of English only.
-        task_ids: ids of 'transcribe' and 'translate'; empty for a model of English only.
-        suppress: ids never produced.
-        begin_suppress: ids not produced as the first token.
-        max_tokens: positions of the decoder, prompt included.
-        max_initial_timestamp_index: the highest first timestamp, in steps of 20 ms.
-        language: the language of the audio unless the call names one; None means detect it.
-        task: the task unless the call names one.
-    """
-
-    mel_bins: int
-    frames: int = 3000
-    layers: int
-    heads: int
-    head_size: int
-    start: int
-    eos: int
-    no_timestamps: int | None
-    timestamp_begin: int | None
-    language_ids: dict[str, int]
-    task_ids: dict[str, int]
-    suppress: tuple[int, ...]
-    begin_suppress: tuple[int, ...]
-    max_tokens: int
-    max_initial_timestamp_index: int = 50
-    language: str | None = None
-    task: str = "transcribe"
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain dict for JSON."""
-        return asdict(self) | {"suppress": list(self.suppress), "begin_suppress": list(self.begin_suppress)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Settings":
-        """Read what `to_dict` wrote. Raises BundleError naming the unknown, missing or wrong keys."""
-        if not isinstance(values, dict):
-            raise BundleError("The Whisper settings are no JSON object. Write the bundle again.")
-        known = set(cls.__dataclass_fields__)
-        for what, keys in (("unknown", set(values) - known), ("missing", known - set(values))):
-            if keys:
-                raise BundleError(
-                    f"The Whisper settings have {what} keys: {', '.join(sorted(map(str, keys)))}. "
-                    f"Write the bundle again with this version of packlight, or update packlight."
-                )
-        for names, holds, kind in _KINDS:
-            for name in names:
-                if not holds(values[name]):
-                    raise BundleError(f"The Whisper settings: {name!r} must be {kind}. Write the bundle again.")
-        lists = {name: tuple(values[name]) for name in ("suppress", "begin_suppress")}
-        return cls(**(values | lists))
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_count(value: Any) -> bool:
-    return _is_id(value) and value > 0
-
-
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(map(_is_id, value))
-
-
-def _is_ids_by_name(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(k, str) and _is_id(v) for k, v in value.items())
-
-
-_KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (
-        ("mel_bins", "frames", "layers", "heads", "head_size", "max_tokens"),
-        _is_count,
-        "a whole number above 0",
-    ),
-    (("start", "eos", "max_initial_timestamp_index"), _is_id, "a whole number, 0 or above"),
-    (("no_timestamps", "timestamp_begin"), lambda v: v is None or _is_id(v), "null or a token id"),
-    (("language_ids", "task_ids"), _is_ids_by_name, "an object of token ids by name"),
-    (("suppress", "begin_suppress"), _is_ids, "a list of token ids"),
-    (("language",), lambda v: v is None or isinstance(v, str), "null or a language code"),
-    (("task",), lambda v: isinstance(v, str), "the name of a task"),
-)
 
 
 @dataclass(frozen=True)
@@ -243,9 +146,19 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def _encode(encoder: Part, settings: Settings, window: np.ndarray, seconds: dict[str, float]) -> dict[str, Any]:
     """The keys and values of the window that the decoder attends to, as the runtime returned them."""
     with _timed(seconds, "features"):
-        features = log_mel(window, settings.mel_bins, settings.frames)
+        inputs = encoder_inputs(settings, window)
     with _timed(seconds, "encoder"):
-        return encoder({"input_features": features})
+        return encoder(inputs)
+
+
+def encoder_inputs(settings: Settings, window: np.ndarray) -> dict[str, np.ndarray]:
+    """What the encoder takes for one window of audio, float32 [samples] at 16 kHz, by the names of its inputs."""
+    if settings.context is None:
+        return {"input_features": log_mel(window, settings.mel_bins, settings.frames)}
+    total = settings.frames // 2
+    positions, sizes = places(spoken_positions(window.size, total), total, settings.context)
+    features = log_mel(window, settings.mel_bins, 2 * len(positions))
+    return {"input_features": features, "positions": positions, "sizes": sizes}
 
 
 def _no_past(settings: Settings) -> dict[str, Any]:

@@ -12,7 +12,7 @@ FILES = sorted(SRC.rglob("*.py"))
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("rans",),
-    ("plan", "target", "report", "report_*", "bundle", "codec", "audio", "metrics"),
+    ("plan", "target", "certificate", "report", "report_*", "bundle", "codec", "audio", "metrics"),
     ("quant", "vocabulary", "vocabulary_*", "families", "families.*"),
     ("layers",),
     ("observe", "model", "data"),

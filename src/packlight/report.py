@@ -15,8 +15,10 @@ from string import Template
 from typing import Any
 
 from packlight.errors import DataError
-from packlight.report_charts import colours, front_chart, layers_chart, parts_chart, sensitivity_chart
+from packlight.report_certificate import certificate
+from packlight.report_charts import front_chart, layers_chart, parts_chart, sensitivity_chart
 from packlight.report_html import code, fold, maybe, p, pairs, section, table
+from packlight.report_svg import colours
 from packlight.report_text import (
     Words,
     count,
@@ -93,6 +95,7 @@ def _body(result: dict[str, Any], w: Words) -> str:
         _parts,
         _sensitivity,
         _layers,
+        certificate,
         _worst,
         _plan,
         _tries,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import packlight
+from packlight.certificate import certify, with_gaps
 from packlight.plan import Plan
 
 
@@ -18,15 +19,12 @@ def assemble(
 ) -> dict[str, Any]:
     """Put the parts together; `run` is `packlight.fitting.Run`, `extra` holds 'original', 'ladder', 'how', 'profile'."""
     outcome = chosen["outcome"]
-    found, timing, process, original = (
-        outcome["quality"],
-        outcome["timing"],
-        outcome["process"],
-        extra["original"],
-    )
+    found, timing, process = (outcome[key] for key in ("quality", "timing", "process"))
+    original = extra["original"]
     source, before_bytes = run.model.source, run.model.source.bytes
     plan = next(p for p in plans if p.name == outcome["plan"])
     version = extra["how"]["versions"]
+    layers = with_gaps(outcome["records"], plan)
     before = {"size": before_bytes, "latency": timing["before"], "latency_mean": timing["before_mean"],
               "load": original["load"], "memory": original["memory"], "energy": original["energy"],
               "runtime": f"transformers {version['transformers']} (PyTorch float32)"}  # fmt: skip
@@ -55,7 +53,8 @@ def assemble(
         "files": [{"name": f.name, "bytes": f.stat().st_size} for f in sorted((run.out / "bundle").iterdir())],
         "sensitivity": [{"part": lv.part, "level": "8-bit groups" if lv.technique == "group_weights" else "finest" if lv.rate is None else f"{lv.rate:g} bits", "bytes": lv.bytes,
                          "kl": lv.kl, "flips": lv.flips} for lv in levels],
-        "layers": outcome["records"],
+        "layers": layers,
+        "certificate": certify(layers),
         "front": [{"plan": p.name, "bytes": p.expected["bytes"] + run.overhead, "kl": p.expected["kl"],
                    "chosen": p.name == plan.name, "measured": _measured(p, tried)} for p in plans],
         "tries": [{"plan": t["plan"], "size": t["size"], "difference": t["quality"]["difference"], "low": t["quality"]["low"],

@@ -93,6 +93,7 @@ def verdict_text(result: dict[str, Any], out: Path) -> str:
         f"{'plan':13}{result['plan']['name']}: " + "; ".join(
             f"{p['name']} {p['rate']:.2f} b" for p in result["parts"] if p["rate"] is not None),
     ]  # fmt: skip
+    lines += _limit_line(result.get("certificate"))
     lines += [f"{'':13}{result['verdict']['sentence']}"]
     if result["verdict"]["interval_crosses"]:
         lines += [f"{'':13}The 95 % interval crosses the allowed drop; --strict would ask for its upper end."]
@@ -106,3 +107,14 @@ def verdict_text(result: dict[str, Any], out: Path) -> str:
         f"{'report':13}{out / 'report.html'}",
     ]
     return "\n".join(lines)
+
+
+def _limit_line(found: dict[str, Any] | None) -> list[str]:
+    """How far above the theoretical limit the file is; nothing when its plan asks for no rate but the finest grid."""
+    if found is None or not found["rated"]:
+        return []
+    side = "above" if found["gap"] >= 0 else "below"
+    return [
+        f"{'limit':13}{found['rate']:.2f} bits per weight, {abs(found['gap']):.2f} {side} the theoretical limit "
+        f"({found['layers']} of {found['of_layers']} layers; mean of layers {found['gap_mean']:+.2f})"
+    ]

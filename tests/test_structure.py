@@ -12,7 +12,7 @@ FILES = sorted(SRC.rglob("*.py"))
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("rans",),
-    ("plan", "target", "certificate", "report", "report_*", "bundle", "codec", "audio", "metrics"),
+    ("plan", "target", "certificate", "report", "report_*", "terminal", "bundle", "codec", "audio", "metrics"),
     ("quant", "vocabulary", "vocabulary_*", "families", "families.*"),
     ("layers",),
     ("observe", "model", "data"),
@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("loading", "sensitivity", "planner", "compress", "evaluate", "deploy", "serve", "measure", "verdict", "result"),
     ("applying", "inspecting", "benching"),
     ("fitting",),
+    ("sweeping",),
     ("cli", "__init__"),
 )
 LIGHT = ("packlight", "packlight.cli", "packlight.serve", "packlight.bundle", "packlight.codec", "packlight.plan")

@@ -16,8 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from packlight import __version__
-from packlight.errors import DataError, PacklightError
+from packlight.errors import DataError, PacklightError, TargetError
 from packlight.target import Target, format_bytes, format_seconds, parse_bytes, parse_drop, parse_seconds
+from packlight.terminal import progress_bar
 
 app = typer.Typer(
     add_completion=False,
@@ -146,29 +147,6 @@ def _say(values: Any, as_json: bool, text: str) -> None:
     typer.echo(json.dumps(values, ensure_ascii=False, indent=1) if as_json else text)
 
 
-def _bar(quiet: bool) -> Callable[[str, int, int], None]:
-    """Progress with time left on stderr: one line that moves on a terminal, a line per tenth elsewhere."""
-    state: dict[str, Any] = {"what": "", "start": 0.0, "tenth": -1}
-    terminal = sys.stderr.isatty()
-
-    def show(what: str, done: int, total: int) -> None:
-        if quiet:
-            return
-        now = time.monotonic()
-        if what != state["what"]:
-            state.update(what=what, start=now, tenth=-1)
-        left = (now - state["start"]) / max(done, 1) * (total - done)
-        tenth = 10 * done // max(total, 1)
-        line = f"{what}: {done}/{total}, {format_seconds(left)} left"
-        if terminal:
-            typer.echo(f"\r\x1b[K{line}" + ("\n" if done == total else ""), err=True, nl=False)
-        elif tenth != state["tenth"] and (done == 1 or done == total or tenth % 5 == 0):
-            typer.echo(line, err=True)
-        state["tenth"] = tenth
-
-    return show
-
-
 def _quiet_libraries() -> None:
     import logging
     import os
@@ -214,11 +192,17 @@ def fit(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     texts: Annotated[Path | None, typer.Option(help="Texts that the model is to write well.")] = None,
     keep_vocabulary: Annotated[bool, typer.Option("--keep-vocabulary", help="Never prune the vocabulary.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Measure the curve of size against quality instead.")] = False,
+    points: Annotated[int | None, typer.Option(min=1, help="Points of the sweep; 6 when not said.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="A plan of the sweep whose bundle is to stay.")] = None,
     *,
     asked: Any,
     as_json: bool,
 ) -> None:
-    """Fit a model to a target, prove it, and write a bundle. Exit status 0: met; 3: not; 2: wrong input."""
+    """Fit a model to a target, prove it, and write a bundle; or measure the whole curve, with --sweep.
+
+    Exit status 0: met, or swept; 3: not met; 2: wrong input.
+    """
     drop, relative = parse_drop(max_drop) if max_drop else (None, None)
     target = Target(
         size=parse_bytes(max_size) if max_size else None,
@@ -229,12 +213,22 @@ def fit(
         device=device,
         strict=strict,
     )
+    if not sweep and (points or keep):
+        raise TargetError("--points and --keep belong to --sweep. Add it, or leave them out.")
     _quiet_libraries()
+    options = replace(_options(asked, calibration, seed), texts=texts, prune_vocabulary=not keep_vocabulary)
+    if sweep:
+        from packlight.sweeping import SweepOptions, sweep_text
+        from packlight.sweeping import sweep as run_sweep
+
+        wanted = SweepOptions(keep=tuple(keep or ()), **({"points": points} if points else {}))
+        swept = run_sweep(model, data, target, out, options, wanted, progress_bar(as_json))
+        _say(swept.result, as_json, sweep_text(swept.result, out))
+        return
     from packlight.fitting import fit as run
     from packlight.verdict import verdict_text
 
-    options = replace(_options(asked, calibration, seed), texts=texts, prune_vocabulary=not keep_vocabulary)
-    found = run(model, data, target, out, options, _bar(as_json))
+    found = run(model, data, target, out, options, progress_bar(as_json))
     _say(found.result, as_json, verdict_text(found.result, out))
     raise typer.Exit(0 if found.met else 3)
 
@@ -267,7 +261,7 @@ def apply(
     _quiet_libraries()
     from packlight.applying import apply as run
 
-    bundle = run(model, steps, data, out, _options(asked, calibration, steps.seed), _bar(as_json))
+    bundle = run(model, steps, data, out, _options(asked, calibration, steps.seed), progress_bar(as_json))
     from packlight.bundle import open_bundle
 
     size = open_bundle(bundle).size
@@ -344,7 +338,7 @@ def bench(
 
     if against:
         _quiet_libraries()
-    found = bench_bundle(bundle, data, against, asked, _bar(as_json))
+    found = bench_bundle(bundle, data, against, asked, progress_bar(as_json))
     _say(found, as_json, bench_text(found))
 
 
@@ -364,7 +358,7 @@ def evaluate(
         _quiet_libraries()
     from packlight.benching import evaluate_one
 
-    found = evaluate_one(model_or_bundle, data, asked, _bar(as_json))
+    found = evaluate_one(model_or_bundle, data, asked, progress_bar(as_json))
     spoken = ", ".join(f"{code} {n}" for code, n in found["languages"].items())
     text = (
         f"{found['metric']} {found['value']:.2%}   95 % interval [{found['low']:.2%}, {found['high']:.2%}], "
@@ -375,13 +369,16 @@ def evaluate(
 
 @app.command()
 def report(out: Path, as_json: Json = False) -> None:
-    """Write OUT/report.html again from OUT/result.json."""
+    """Write OUT/report.html again from OUT/result.json, or from OUT/sweep.json where that is newer."""
     from packlight.report import write_report
+    from packlight.report_sweep import write_sweep_report
 
-    file = out / "result.json"
+    fitted, swept = out / "result.json", out / "sweep.json"
+    newer = swept.is_file() and not (fitted.is_file() and fitted.stat().st_mtime >= swept.stat().st_mtime)
+    file = swept if newer else fitted
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{file} can't be read ({error}). `packlight fit` writes it.") from None
-    write_report(result, out / "report.html")
+    (write_sweep_report if newer else write_report)(result, out / "report.html")
     _say({"report": str(out / "report.html")}, as_json, str(out / "report.html"))

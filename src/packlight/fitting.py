@@ -91,11 +91,16 @@ def fit(
     Raises:
         PacklightError: input that can't be used; nothing was written.
     """
+    if target.empty:
+        raise TargetError(
+            "The target asks for nothing. Name at least one of --max-size, --max-latency, --max-memory, --max-drop, "
+            "or ask for the whole curve with --sweep."
+        )
     options = options or Options()
     start = time.perf_counter()
     run = prepare(model, Path(data), target, Path(out), options, progress)
-    _observe(run)
-    levels, plans = _plan(run)
+    observe(run)
+    levels, plans = make_plans(run)
     tried = _search(run, plans)
     chosen = conclude(tried, run.target)
     result = _finish(run, levels, plans, tried, chosen, time.perf_counter() - start)
@@ -106,10 +111,6 @@ def prepare(model: str, data: Path, target: Target, out: Path, options: Options,
     """Check everything that can be checked before work starts, then load the model and make the work folder."""
     import torch
 
-    if target.empty:
-        raise TargetError(
-            "The target asks for nothing. Name at least one of --max-size, --max-latency, --max-memory, --max-drop."
-        )
     check_out(out)
     dataset = read_dataset(data, need_text=True)
     if options.calibration is None:
@@ -143,7 +144,7 @@ def _answer_of(run: Run) -> Callable[[Any], list[int]]:
     return lambda audio: model.family.answer(model.module, audio, model.settings, options.language, options.task)
 
 
-def _observe(run: Run) -> None:
+def observe(run: Run) -> None:
     """The original's own words: on the evaluation samples to compare with, on the calibration samples to imitate."""
     run.before = answers(
         run.evaluation,
@@ -170,7 +171,8 @@ def _calibration(run: Run) -> dict[str, Any]:
     }
 
 
-def _plan(run: Run) -> tuple[list[Level], list[Plan]]:
+def make_plans(run: Run) -> tuple[list[Level], list[Plan]]:
+    """Measure the sensitivities; returns them, and the plans along the front, each checked."""
     observed, judged = divide(run.batches)
     kept = run.work / "sensitivity.jsonl"
     sums = measure_grams(run.model, observed, run.progress)
@@ -242,15 +244,37 @@ def _attempt(run: Run, plan: Plan) -> dict[str, Any]:
     if done.is_file():
         earlier = dict(json.loads(done.read_text()))
         return earlier | {"plan": plan.name, "missed": _missed(run, earlier)}
+    built = build(run, plan)
+    timing = time_pair(spread(run.evaluation, TIMED), _answer_of(run), built.reply, run.progress)
+    recordings = [str(s.path.resolve()) for s in spread(run.evaluation, 3)]
+    asked = (threads_of(run.options, run.target.device), run.options.language, run.options.task)
+    outcome = built.outcome | {
+        "timing": timing,
+        "process": measure("bundle", str((folder / "bundle").resolve()), recordings, *asked),
+    }
+    write_json(done, outcome)
+    return outcome | {"missed": _missed(run, outcome)}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle in the work folder, judged: how it answers, and what is known of it but time and memory."""
+
+    bundle: Path
+    reply: Callable[[Any], list[int]]
+    outcome: dict[str, Any]
+
+
+def build(run: Run, plan: Plan) -> Built:
+    """Apply and deploy one plan and let the bundle answer; waves and answers of an earlier run are kept."""
+    folder = run.work / plan.key[:12]
     observed, judged = divide(run.batches)
     bundle = folder / "bundle"
     fresh = load(run.model.source.path, trust_remote_code=run.options.trust_remote_code)
     records = compress_(fresh, plan, observed, folder / "waves", _named(run, plan))
     if not is_bundle(bundle):
         deploy(fresh, plan, records, bundle, run.options.language, run.options.task)
-    threads = threads_of(run.options, run.target.device)
-    served = open_served(bundle, threads)
-
+    served = open_served(bundle, threads_of(run.options, run.target.device))
     names = old_ids(plan)
 
     def reply(audio: Any) -> list[int]:
@@ -259,18 +283,11 @@ def _attempt(run: Run, plan: Plan) -> dict[str, Any]:
 
     after = answers(run.evaluation, reply, folder / "after.jsonl", f"{plan.name} in ONNX Runtime", run.progress)
     found, rows = quality(run.evaluation, run.before, after, run.model.decoder(), run.languages)
-    agreed = parity(fresh, served, judged[:2])
-    timing = time_pair(spread(run.evaluation, TIMED), _answer_of(run), reply, run.progress)
-    recordings = [str(s.path.resolve()) for s in spread(run.evaluation, 3)]
     outcome = {
         "plan": plan.name, "size": open_bundle(bundle).size, "quality": asdict(found), "rows": rows[:10],
-        "timing": timing, "records": [asdict(r) for r in records], "parity": agreed,
-        "process": measure(
-            "bundle", str(bundle.resolve()), recordings, threads, run.options.language, run.options.task
-        ),
+        "records": [asdict(r) for r in records], "parity": parity(fresh, served, judged[:2]),
     }  # fmt: skip
-    write_json(done, outcome)
-    return outcome | {"missed": _missed(run, outcome)}
+    return Built(bundle, reply, outcome)
 
 
 def _named(run: Run, plan: Plan) -> Progress | None:
@@ -323,16 +340,21 @@ def _finish(
         outcome["quality"]["name"],
         run.evaluation.n,
     )
-    how = {
-        "machine": machine(), "threads": threads_of(run.options, run.target.device), "os": platform.platform(),
-        "python": platform.python_version(), "versions": versions(), "seconds": round(seconds, 1),
-        "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
     result = assemble(
         run=run, levels=levels, plans=plans, tried=tried, chosen=chosen,
-        extra={"original": json.loads(kept.read_text()), "ladder": rungs, "how": how, "profile": profile(run.model)},
+        extra={"original": json.loads(kept.read_text()), "ladder": rungs, "how": circumstances(run, seconds),
+               "profile": profile(run.model)},
     )  # fmt: skip
     write_json(run.out / "plan.json", plan.to_dict())
     write_json(run.out / "result.json", result)
     write_report(result, run.out / "report.html")
     return result
+
+
+def circumstances(run: Run, seconds: float) -> dict[str, Any]:
+    """On what and with what a result was measured."""
+    return {
+        "machine": machine(), "threads": threads_of(run.options, run.target.device), "os": platform.platform(),
+        "python": platform.python_version(), "versions": versions(), "seconds": round(seconds, 1),
+        "date": datetime.date.today().isoformat(),
+    }  # fmt: skip

@@ -152,6 +152,28 @@ TABLE: dict[str, tuple[str, str]] = {
     "bytes": ("Bytes", "字节数"),
     "bytes.limit": ("Bytes at the limit", "极限字节数"),
     "layers.count": ("Layers", "层数"),
+    # sweep
+    "sweep": ("SIZE AGAINST QUALITY", "大小与质量"),
+    "sweep.original": (
+        "The original takes {size} and has a {metric} of {value}.",
+        "原模型大小 {size}，{metric} 为 {value}。",
+    ),
+    "sweep.within": (
+        "The smallest point within the allowed drop is {plan}, {size}.",
+        "在允许的下降之内，最小的方案是 {plan}（{size}）。",
+    ),
+    "sweep.none": ("No point is within the allowed drop.", "没有方案在允许的下降之内。"),
+    "sweep.curve": ("The curve", "曲线"),
+    "sweep.lead": (
+        "Above, what was measured in the runtime, with 95 % intervals: lower is better. Differences beyond a "
+        "percentage point are drawn by their logarithm. Below, what was predicted for every plan of the front.",
+        "上图为在运行时中的实测值及 95 % 置信区间，越低越好；超过一个百分点的差异按对数绘制。下图为前沿上每个方案的预测值。",
+    ),
+    "sweep.axis": ("{metric} minus the original's, percentage points", "{metric} 与原模型之差，百分点"),
+    "sweep.points": ("The points", "各点"),
+    "sweep.kl": ("KL predicted", "预测 KL"),
+    "sweep.misses": ("missed", "超出"),
+    "sweep.apply": ("Build any of them:", "构建其中任意一个："),
     # utterances
     "worst": ("Where it got worse", "变差最多的样本"),
     "worst.lead": (

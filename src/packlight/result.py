@@ -21,7 +21,7 @@ def assemble(
     outcome = chosen["outcome"]
     found, timing, process = (outcome[key] for key in ("quality", "timing", "process"))
     original = extra["original"]
-    source, before_bytes = run.model.source, run.model.source.bytes
+    before_bytes = run.model.source.bytes
     plan = next(p for p in plans if p.name == outcome["plan"])
     version = extra["how"]["versions"]
     layers = with_gaps(outcome["records"], plan)
@@ -36,11 +36,9 @@ def assemble(
         "packlight": packlight.__version__,
         "command": run.options.command,
         "verdict": _verdict(run, chosen, extra["ladder"]),
-        "model": {"source": source.name, "family": run.model.family.name, "architecture": source.architecture,
-                  "parameters": sum(p.numel() for p in run.model.module.parameters()), "licence": source.licence,
-                  "revision": source.revision, "dtype": source.dtype, "sha256": source.sha256},
+        "model": model_facts(run.model),
         "target": run.target.to_dict(),
-        "data": {"calibration": _data(run.calibration) | {"words_from": "original model"}, "evaluation": _data(run.evaluation)},
+        "data": data_facts(run),
         "metric": found,
         "before": before,
         "after": after,
@@ -64,7 +62,7 @@ def assemble(
         "worst": outcome["rows"],
         "ladder": extra["ladder"],
         "how": extra["how"],
-        "notes": _notes(run, found),
+        "notes": notes(run, found),
     }  # fmt: skip
 
 
@@ -83,6 +81,22 @@ def _verdict(run: Any, chosen: dict[str, Any], rungs: Sequence[dict[str, Any]]) 
         "rung": next((r["rung"] for r in reversed(rungs) if r["passed"]), ""),
         "nearest": chosen["nearest"],
     }
+
+
+def model_facts(model: Any) -> dict[str, Any]:
+    """What a result says of the original; `model` is a `packlight.model.Model`."""
+    source = model.source
+    return {
+        "source": source.name, "family": model.family.name, "architecture": source.architecture,
+        "parameters": sum(p.numel() for p in model.module.parameters()), "licence": source.licence,
+        "revision": source.revision, "dtype": source.dtype, "sha256": source.sha256,
+    }  # fmt: skip
+
+
+def data_facts(run: Any) -> dict[str, Any]:
+    """What a result says of the samples of a `packlight.fitting.Run`."""
+    calibration, evaluation = _data(run.calibration), _data(run.evaluation)
+    return {"calibration": calibration | {"words_from": "original model"}, "evaluation": evaluation}
 
 
 def _data(dataset: Any) -> dict[str, Any]:
@@ -113,12 +127,13 @@ def _measured(plan: Plan, tried: Sequence[dict[str, Any]]) -> dict[str, Any] | N
     )
 
 
-def _notes(run: Any, found: dict[str, Any]) -> list[str]:
-    notes = ["The interval resamples utterances; speakers recur, so the true uncertainty is somewhat larger."]
+def notes(run: Any, found: dict[str, Any]) -> list[str]:
+    """Sentences that a reader of the numbers should know; `found` is the quality of one bundle."""
+    said = ["The interval resamples utterances; speakers recur, so the true uncertainty is somewhat larger."]
     if found["n"] < 100:
-        notes.append(f"Only {found['n']} evaluation samples: the interval is wide. More samples make it narrower.")
+        said.append(f"Only {found['n']} evaluation samples: the interval is wide. More samples make it narrower.")
     spoken = found.get("languages", {})
     if run.options.language is None and set(spoken) - {"en"}:
         counts = ", ".join(f"{code} {n}" for code, n in spoken.items())
-        notes.append(f"Each sample was scored in the language that the original heard in it: {counts}.")
-    return notes
+        said.append(f"Each sample was scored in the language that the original heard in it: {counts}.")
+    return said

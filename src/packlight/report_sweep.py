@@ -15,6 +15,7 @@ from packlight.report_verdict import asked
 from packlight.target import format_bytes
 
 _TALL, _BETWEEN, _LOW = 260, 56, 150  # pixels: the differences, what is between, the predicted KL
+_APART = 0.09  # of the width: names of points that are closer would overlap
 _LINEAR = 0.01  # differences up to a percentage point are drawn to scale, larger ones by their logarithm
 _TICKS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _SIZES = tuple(m * 10.0**e for e in range(3, 12) for m in (1, 1.5, 2, 3, 5, 7))
@@ -51,9 +52,9 @@ def _head(result: dict[str, Any], w: Words) -> str:
     elif any(r.get("within") is False for r in rows(result.get("points"))):
         said.append(w["sweep.none"])
     wanted = asked(result, w)
-    more = p(f"{w['asked']}{w['colon']}{wanted}", "quiet") if wanted.count("·") > 1 else ""
+    more = p(f"{w['asked']}{w['colon']}{wanted}", "after quiet") if wanted.count("·") > 1 else ""
     body = f"<h1>{escape(w['sweep'])}</h1>" + p((" " if w["stop"] == "." else "").join(said), "sentence") + more
-    return f'<header class="verdict">{top}{body}</header>'
+    return f'<header class="verdict curve">{top}{body}</header>'
 
 
 def _curve(result: dict[str, Any], w: Words) -> str:
@@ -119,12 +120,15 @@ def _differences(drawn: Sequence[dict[str, Any]], x: Any, top: float, w: Words) 
     for a, b in pairwise(sorted(drawn, key=lambda r: float(r["size"]))):
         ends = across(x(a["size"])), y(a["difference"]), across(x(b["size"])), y(b["difference"])
         body += line(*ends, "front")
-    for r in drawn:
-        body += _point(r, x, y, w)
+    last = -1.0
+    for r in sorted(drawn, key=lambda r: float(r["size"])):
+        named = x(r["size"]) - last > _APART
+        last = x(r["size"]) if named else last
+        body += _point(r, x, y, named, w)
     return body
 
 
-def _point(r: dict[str, Any], x: Any, y: Any, w: Words) -> str:
+def _point(r: dict[str, Any], x: Any, y: Any, named: bool, w: Words) -> str:
     place, least, most = across(x(r["size"])), number(r.get("low")), number(r.get("high"))
     tip = [text(r.get("plan")), format_bytes(r["size"]), f"{signed(r['difference'], 2)} {w['pp']}"]
     shapes = ""
@@ -132,7 +136,9 @@ def _point(r: dict[str, Any], x: Any, y: Any, w: Words) -> str:
         tip.append(f"[{signed(least, 2)}, {signed(most, 2)}]")
         shapes += line(place, y(least), place, y(most), "span")
     shapes += f'<circle cx="{place}" cy="{y(r["difference"]):.1f}" r="5" class="measured"/>'
-    shapes += say(place, y(r["difference"]) + 4, text(r.get("plan")), "start", "measured", 9)
+    side = ("end", -9) if x(r["size"]) > 0.85 else ("start", 9)
+    said = text(r.get("plan")) if named else ""
+    shapes += say(place, y(r["difference"]) - 7, said, side[0], "measured", side[1])
     return tipped(shapes, " · ".join(filter(None, tip)))
 
 
@@ -179,19 +185,21 @@ def _points(result: dict[str, Any], w: Words) -> str:
         difference = maybe(r.get("difference"), lambda d: f"{signed(d, 2)} {w['pp']}")
         if low is not None and high is not None:
             difference += f' <span class="quiet">[{signed(low, 2)}, {signed(high, 2)}]</span>'
-        size = [maybe(r.get("size"), format_bytes), maybe(r.get("ratio"), ratio)]
+        name = code(text(r.get("plan")))
+        if r.get("bundle"):
+            name += f' <b class="pick">{escape(w["sweep.kept"])}</b>'
         bits = [maybe(r.get(key), "{:.2f}".format) for key in ("rate", "gap")]
-        cells = [code(text(r.get("plan"))), *size, *bits, maybe(r.get("after"), percent), difference]
-        cells.append(maybe(r.get("kl"), small))
+        cells = [name, maybe(r.get("size"), format_bytes), difference, maybe(r.get("after"), percent)]
+        cells += [maybe(r.get("ratio"), ratio), *bits, maybe(r.get("kl"), small)]
         within = r.get("within")
         if judged:
             tone, said = ("yes", f"✓ {w['within']}") if within is True else ("no", f"✕ {w['sweep.misses']}")
             cells.append(f'<span class="{tone}">{escape(said)}</span>')
-        cells.append(code(text(r.get("file"))) + (f" {code(text(r['bundle']))}" if r.get("bundle") else ""))
         lines.append(cells)
-    name = text(group(result.get("metric")).get("name")) or w["metric"]
-    head = [w["plan_name"], w["size"], w["smaller"], w["rate"], w["gap"], name, w["difference"], w["sweep.kl"]]
+    metric = text(group(result.get("metric")).get("name")) or w["metric"]
+    head = [w["plan_name"], w["size"], w["difference"], metric, w["smaller"], w["rate"], w["gap"], w["sweep.kl"]]
     head += [w["drop"]] if judged else []
-    shown = table([h[:1].upper() + h[1:] for h in [*head, w["file"]]], lines, "numbers points")
-    body = shown + p(w["sweep.apply"], "lead") + code("packlight apply MODEL OUT/plans/pNN.json --data DIR -o OUT2")
+    shown = table([h[:1].upper() + h[1:] for h in head], lines, "numbers points")
+    how_to = f"{escape(w['sweep.apply'])} {code('packlight apply MODEL OUT/plans/pNN.json --data DIR -o OUT2')}"
+    body = f'{shown}<p class="after quiet">{how_to}</p>'
     return section(w, "sweep.points", body if lines else "")

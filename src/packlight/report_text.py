@@ -173,6 +173,7 @@ TABLE: dict[str, tuple[str, str]] = {
     "sweep.points": ("The points", "各点"),
     "sweep.kl": ("KL predicted", "预测 KL"),
     "sweep.misses": ("missed", "超出"),
+    "sweep.kept": ("bundle kept", "已保留模型包"),
     "sweep.apply": ("Build any of them:", "构建其中任意一个："),
     # utterances
     "worst": ("Where it got worse", "变差最多的样本"),
@@ -224,7 +225,7 @@ TABLE: dict[str, tuple[str, str]] = {
     "machine": ("Machine", "机器"),
     "versions": ("Versions", "软件版本"),
     "date": ("Date", "日期"),
-    "took": ("The fit took", "拟合用时"),
+    "took": ("It took", "用时"),
     "seed": ("Seed", "随机种子"),
     "files": ("Files of the bundle", "模型包文件"),
     "file": ("File", "文件"),

@@ -1,11 +1,11 @@
 """The front of plans, from planted sensitivities."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from packlight.families import whisper
+from packlight.model import Model, Source
 from packlight.plan import Step
 from packlight.planner import front, levels_between
 from packlight.sensitivity import Level, Pruning
@@ -22,7 +22,8 @@ def curve(part: str, kl: float, finest: int = 6000) -> list[Level]:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return SimpleNamespace(module=whisper.tiny(), family=whisper.FAMILY)
+    nowhere = Source("", "", "", "", None, "", "", "", 0)
+    return Model(whisper.tiny(), whisper.FAMILY, nowhere, "", {})
 
 
 def rates(plan: Any) -> dict[str, float | None]:

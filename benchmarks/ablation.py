@@ -1,4 +1,4 @@
-"""What each step buys: one table, at one budget of bytes.
+"""What each step buys, on a speech model: one table, at one budget of bytes.
 
     python benchmarks/ablation.py MODEL --calibration DIR [--bits 3] [--alone] [--tune] -o OUT
 

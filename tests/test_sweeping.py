@@ -18,6 +18,8 @@ from packlight.plan import Plan, Step, read_plan
 from packlight.report_sweep import sweep_chart, write_sweep_report
 from packlight.report_text import words
 from packlight.sweeping import SweepOptions, choose_points, sweep_text
+from small_dual import save_model as save_dual
+from small_dual import save_pictures
 from small_whisper import save_model, save_speech
 from test_report import ATTACK, Page, places, planted, put
 
@@ -201,3 +203,14 @@ def object_run() -> Any:
     from packlight.fitting import Run
 
     return Run(*[None] * 8)  # type: ignore[arg-type]
+
+
+def test_a_sweep_of_a_dual_encoder_has_its_own_metric(tmp_path: Path) -> None:
+    model, data = save_dual(tmp_path / "my-clip"), save_pictures(tmp_path / "photos")
+    found = packlight.sweep(
+        str(model), data, None, tmp_path / "out", packlight.Options(threads=1), SweepOptions(1)
+    ).result
+    assert found["metric"]["name"] == "1 - R@10"
+    assert [p["plan"] for p in found["points"]] == [r["plan"] for r in found["front"] if r["measured"]]
+    assert "1 - R@10" in sweep_text(found, tmp_path)
+    assert "1 - R@10" in (tmp_path / "out" / "report.html").read_text()

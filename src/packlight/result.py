@@ -90,14 +90,15 @@ def model_facts(model: Any) -> dict[str, Any]:
     return {
         "source": source.name, "family": model.family.name, "architecture": source.architecture,
         "parameters": sum(p.numel() for p in model.module.parameters()), "licence": source.licence,
-        "revision": source.revision, "dtype": source.dtype, "sha256": source.sha256,
+        "revision": source.revision, "usage": model.family.usage, "dtype": source.dtype, "sha256": source.sha256,
     }  # fmt: skip
 
 
 def data_facts(run: Any) -> dict[str, Any]:
     """What a result says of the samples of a `packlight.fitting.Run`."""
     calibration, evaluation = _data(run.calibration), _data(run.evaluation)
-    return {"calibration": calibration | {"words_from": "original model"}, "evaluation": evaluation}
+    words = "original model" if run.model.family.group == 1 else "captions"
+    return {"calibration": calibration | {"words_from": words}, "evaluation": evaluation}
 
 
 def _data(dataset: Any) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def verdict_text(result: dict[str, Any], out: Path) -> str:
             f"{'apply':13}packlight apply MODEL {out / 'plan.json'} --data DIR -o OUT2",
         ]
     lines += [
-        f"{'bundle':13}{out / 'bundle'}   packlight run {out / 'bundle'} speech.wav",
+        f"{'bundle':13}{out / 'bundle'}   packlight run {out / 'bundle'} {result['model'].get('usage', 'speech.wav')}",
         f"{'report':13}{out / 'report.html'}",
     ]
     return "\n".join(lines)

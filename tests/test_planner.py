@@ -1,5 +1,6 @@
 """The front of plans, from planted sensitivities."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +23,7 @@ def curve(part: str, kl: float, finest: int = 6000) -> list[Level]:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    nowhere = Source("", "", "", "", None, "", "", "", 0)
-    return Model(whisper.tiny(), whisper.FAMILY, nowhere, "", {})
+    return Model(whisper.tiny(), whisper.FAMILY, Source("tiny", "", "", "", None, "", "", "", 0), "", {})
 
 
 def rates(plan: Any) -> dict[str, float | None]:
@@ -93,3 +93,19 @@ def test_rows_are_rounded_each_for_itself_where_that_is_worth_its_time(model: An
     plan = front(model, levels, rounding, [Pruning()], [], ORIGIN)[0]
     modes = {s.reason.partition(":")[0]: s.config["activations"] for s in plan.steps if "activations" in s.config}
     assert modes == {"encoder attention": "int8", "encoder feed-forward": "int8_rows"}
+
+
+def test_depthwise_convolutions_stay_float16_and_the_plan_says_so(tmp_path: Path) -> None:
+    from packlight.compress import check
+    from packlight.loading import load
+    from small_dual import save_model
+
+    dual = load(str(save_model(tmp_path / "align", "align")))
+    whole = [p for p, layer in dual.layers().items() if getattr(layer, "groups", 1) > 1]
+    levels = [lv for part in ("vision convolutions", "text attention") for lv in curve(part, 0.01)]
+    for plan in front(dual, levels, {}, [Pruning()], [], ORIGIN)[:-1]:
+        first = plan.steps[0]
+        assert (first.technique, list(first.scope)) == ("float16", whole) and "depthwise" in first.reason
+        found = check(plan, dual, "any")
+        assert {found[p].technique.name for p in whole} == {"float16"}
+        assert found["vision_model.embeddings.convolution"].technique.name == "error_feedback"

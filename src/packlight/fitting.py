@@ -241,7 +241,7 @@ def _search(run: Run, plans: Sequence[Plan]) -> list[dict[str, Any]]:
             if not missed:
                 return list(tried.values())
             if missed in (["latency"], ["memory"]) and not (faster and kinds[0] == "p"):
-                break  # every plan that is left is larger or slower
+                return list(tried.values())  # every plan that is left is larger or slower
         if not left or "size" not in missed:  # what turned out too large gives way to the next smaller
             kinds.pop(0)
     # None does: the smallest plan that keeps the drop, whatever its size, by bisection.

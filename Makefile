@@ -2,7 +2,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-slow lint bench
+# What the bake-off and the ablation are run on; `make demo` gets both.
+MODEL ?= demo/whisper-tiny.en
+SAMPLES ?= demo/calibration
+
+.PHONY: demo test test-slow lint bench bakeoff ablation
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -21,6 +25,21 @@ lint: $(READY)
 bench: $(READY)
 	@test -d demo/out/bundle || { echo "There is no bundle yet: run make demo first."; exit 2; }
 	$(BIN)/packlight bench demo/out/bundle --against demo/whisper-tiny.en --data demo/speech
+
+bakeoff: .bake/ready
+	@test -d "$(SAMPLES)" || { echo "There are no recordings at $(SAMPLES): run make demo first, or name some with SAMPLES=DIR MODEL=DIR."; exit 2; }
+	.bake/bin/python benchmarks/bakeoff.py $(MODEL) --calibration $(SAMPLES) -o demo/bakeoff
+
+ablation: $(READY)
+	@test -d "$(SAMPLES)" || { echo "There are no recordings at $(SAMPLES): run make demo first, or name some with SAMPLES=DIR MODEL=DIR."; exit 2; }
+	$(BIN)/python benchmarks/ablation.py $(MODEL) --calibration $(SAMPLES) --alone -o demo/ablation
+
+# The libraries of the bake-off ask for versions of their own, so they get an environment of their own.
+.bake/ready: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv .bake
+	.bake/bin/pip install -c constraints.txt -e '.[fit]' -r benchmarks/requirements.txt
+	.bake/bin/pip install --no-deps llmcompressor==0.14.0.1 compressed-tensors==0.19.0
+	touch $@
 
 # A stamp file, so that an interrupted installation is not taken for a finished one.
 $(READY): pyproject.toml constraints.txt

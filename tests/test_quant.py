@@ -1,5 +1,7 @@
 """Grids, codes and error feedback, against planted answers."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -264,9 +266,35 @@ def test_rescaling_is_least_squares() -> None:
         assert relative(weight, moved, codes, gram) > after
 
 
-def test_the_bound_is_that_of_white_gaussians_and_below_every_code() -> None:
+@pytest.mark.parametrize("loss", [2.0**-2, 2.0**-6, 2.0**-9])
+def test_the_bound_is_that_of_white_gaussians(loss: float) -> None:
     gram = torch.eye(64, dtype=torch.float64) * 500
-    assert bound(gaussian(3000), gram, 2.0**-6) == pytest.approx(3.0, abs=0.01)  # D = 2^-2R
+    assert bound(gaussian(3000), gram, loss) == pytest.approx(0.5 * math.log2(1 / loss), abs=0.02)  # D = 2^-2R
+
+
+def test_the_bound_gives_weak_directions_no_bits() -> None:
+    # Of energies 1 and 1/64, half each, an error of 1/8 on the mean needs theta = (1/8 * 65/64 - 1/64) a strong one.
+    gram = torch.diag(torch.tensor([1.0, 1 / 64]).repeat(32))
+    theta = 65 / 64 / 8 - 1 / 64
+    assert bound(gaussian(3000), gram, 1 / 8) == pytest.approx(0.25 * math.log2(1 / theta), abs=0.02)
+
+
+def test_the_bound_knows_that_rows_differ() -> None:
+    scale = torch.logspace(-1, 0, 500, 10.0)[:, None]
+    gain = 0.5 * float(scale.square().mean().log2() - scale.square().log2().mean())  # arithmetic over geometric mean
+    plain = bound(gaussian(500), torch.eye(64), 2.0**-10)
+    assert bound(gaussian(500) * scale, torch.eye(64), 2.0**-10) == pytest.approx(plain - gain, abs=0.05)
+
+
+def test_the_bound_knows_the_covariance_of_a_table() -> None:
+    shape = torch.linalg.cholesky(correlated().float() / correlated().diagonal().mean().float())
+    gain = -float(shape.diagonal().log2().mean())
+    assert gain > 0.3
+    plain = bound(gaussian(4000), torch.eye(64), 2.0**-12)
+    assert bound(gaussian(4000) @ shape.T, torch.eye(64), 2.0**-12) == pytest.approx(plain - gain, abs=0.1)
+
+
+def test_the_bound_is_below_every_code() -> None:
     weight, gram = gaussian(600), correlated()
     grid = column_grid(weight, gram, 3.0, 1e-4)
     codes = error_feedback(weight, gram, grid, 1e-4)

@@ -14,7 +14,7 @@ import pytest
 
 from packlight.errors import DataError
 from packlight.report import render, write_report
-from packlight.report_charts import at_log, decades, linear_ticks, tight
+from packlight.report_svg import at_log, decades, linear_ticks, tight
 from packlight.report_text import TABLE, count, differences, percent, ratio, signed, small, words
 
 FIXTURE = Path(__file__).parent / "fixtures" / "result.json"
@@ -101,7 +101,19 @@ def planted(value: Any) -> Any:
 def test_page_holds_every_section_in_both_languages(result: dict[str, Any]) -> None:
     page = Page(render(result))
     assert page.open == []
-    headings = ("front", "parts", "sensitivity", "layers", "worst", "plan", "tries", "ladder", "how", "notes")
+    headings = (
+        "front",
+        "parts",
+        "sensitivity",
+        "layers",
+        "certificate",
+        "worst",
+        "plan",
+        "tries",
+        "ladder",
+        "how",
+        "notes",
+    )
     for language, code in (("en", "en"), ("zh", "zh-Hans")):
         w = words(language)
         assert w["met"] in page.text(code)
@@ -192,7 +204,7 @@ def test_front_marks_one_chosen_point_and_the_target(result: dict[str, Any]) -> 
 def test_every_picture_has_a_label_and_tooltips(result: dict[str, Any]) -> None:
     page = render(result)
     charts = [attrs for tag, attrs in Page(page).tags if tag == "svg" and attrs.get("class") == "chart"]
-    assert len(charts) == 2 * (4 + 4)  # front, parts, sensitivity, layers and one in each card
+    assert len(charts) == 2 * (5 + 4)  # front, parts, sensitivity, layers, certificate and one in each card
     assert all(attrs["aria-label"] and attrs["role"] == "img" for attrs in charts)
     assert page.count("<title>") > 2 * (len(result["layers"]) + len(result["front"]))
 

@@ -15,6 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "plan",
         "target",
+        "certificate",
         "report",
         "report_*",
         "terminal",
@@ -49,6 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("applying", "inspecting", "benching", "answering", "freezing"),
     ("fitting",),
+    ("sweeping",),
     ("cli", "__init__"),
 )
 LIGHT = ("packlight", "packlight.cli", "packlight.serve", "packlight.bundle", "packlight.codec", "packlight.plan")

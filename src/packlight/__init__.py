@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Options", "Plan", "Step", "Target", "apply", "fit", "load", "open_served"]
+__all__ = ["Options", "Plan", "Step", "SweepOptions", "Target", "apply", "fit", "load", "open_served", "sweep"]
 
 if TYPE_CHECKING:
     from packlight.applying import Options, apply
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from packlight.loading import load
     from packlight.plan import Plan, Step
     from packlight.serve import open_served
+    from packlight.sweeping import SweepOptions, sweep
     from packlight.target import Target
 
 _HOMES = {
@@ -22,6 +23,8 @@ _HOMES = {
     "fit": "packlight.fitting",
     "load": "packlight.loading",
     "open_served": "packlight.serve",
+    "SweepOptions": "packlight.sweeping",
+    "sweep": "packlight.sweeping",
 }
 
 

@@ -24,7 +24,7 @@ Progress = Callable[[str, int, int], None]
 
 OBSERVED = 40  # calibration samples for the Gram matrices
 JUDGED = 10  # further ones for sensitivity
-_OURS = ("work", "result.json", "plan.json", "bundle", "report.html", "log.jsonl")
+_OURS = ("work", "result.json", "plan.json", "bundle", "report.html", "log.jsonl", "sweep.json", "plans", "bundles")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def check_out(out: Path) -> None:
         raise DataError(f"{out} is a file. Name a folder for the results.")
     present = {p.name for p in out.iterdir()} if out.is_dir() else set()
     strangers = present - {*_OURS, *(f"{name}.part" for name in _OURS)}  # .part: what a kill or a full disk left
-    if not present & {"work", "bundle", "result.json"}:
+    if not present & {"work", "bundle", "result.json", "sweep.json"}:
         strangers = present  # a plan.json alone was written by hand
     bundle = out / "bundle"
     if bundle.exists() and not (is_bundle(bundle) or (bundle.is_dir() and not any(bundle.iterdir()))):

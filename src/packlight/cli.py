@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from packlight import __version__
-from packlight.errors import DataError, PacklightError
+from packlight.errors import DataError, PacklightError, TargetError
 from packlight.target import Target, format_bytes, format_seconds, parse_bytes, parse_drop, parse_seconds
 from packlight.terminal import progress_bar
 
@@ -197,11 +197,14 @@ def fit(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     texts: Annotated[Path | None, typer.Option(help="Texts that the model is to write well.")] = None,
     keep_vocabulary: Annotated[bool, typer.Option("--keep-vocabulary", help="Never prune the vocabulary.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Measure the curve of size against quality instead.")] = False,
+    points: Annotated[int | None, typer.Option(min=1, help="Points of the sweep; 6 when not said.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="A plan of the sweep whose bundle is to stay.")] = None,
     *,
     asked: Any,
     as_json: bool,
 ) -> None:
-    """Fit a model to a target, prove it, and write a bundle. Exit status 0: met; 3: not; 2: wrong input."""
+    """Fit a model to a target and prove it, or --sweep the whole curve. Exit status 0: met; 3: not met; 2: wrong input."""
     drop, relative = parse_drop(max_drop) if max_drop else (None, None)
     target = Target(
         size=parse_bytes(max_size) if max_size else None,
@@ -212,11 +215,21 @@ def fit(
         device=device,
         strict=strict,
     )
+    if not sweep and (points or keep):
+        raise TargetError("--points and --keep belong to --sweep. Add it, or leave them out.")
     _quiet_libraries()
+    options = replace(_options(asked, calibration, seed), texts=texts, prune_vocabulary=not keep_vocabulary)
+    if sweep:
+        from packlight.sweeping import SweepOptions, sweep_text
+        from packlight.sweeping import sweep as run_sweep
+
+        wanted = SweepOptions(keep=tuple(keep or ()), **({"points": points} if points else {}))
+        swept = run_sweep(model, data, target, out, options, wanted, progress_bar(as_json))
+        _say(swept.result, as_json, sweep_text(swept.result, out))
+        return
     from packlight.fitting import fit as run
     from packlight.verdict import verdict_text
 
-    options = replace(_options(asked, calibration, seed), texts=texts, prune_vocabulary=not keep_vocabulary)
     found = run(model, data, target, out, options, progress_bar(as_json))
     _say(found.result, as_json, verdict_text(found.result, out))
     raise typer.Exit(0 if found.met else 3)
@@ -370,13 +383,16 @@ def evaluate(
 
 @app.command()
 def report(out: Path, as_json: Json = False) -> None:
-    """Write OUT/report.html again from OUT/result.json."""
+    """Write OUT/report.html again from OUT/result.json, or from OUT/sweep.json where that is newer."""
     from packlight.report import write_report
+    from packlight.report_sweep import write_sweep_report
 
-    file = out / "result.json"
+    fitted, swept = out / "result.json", out / "sweep.json"
+    newer = swept.is_file() and not (fitted.is_file() and fitted.stat().st_mtime >= swept.stat().st_mtime)
+    file = swept if newer else fitted
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{file} can't be read ({error}). `packlight fit` writes it.") from None
-    write_report(result, out / "report.html")
+    (write_sweep_report if newer else write_report)(result, out / "report.html")
     _say({"report": str(out / "report.html")}, as_json, str(out / "report.html"))

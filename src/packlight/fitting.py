@@ -100,11 +100,16 @@ def fit(
     Raises:
         PacklightError: input that can't be used; nothing was written.
     """
+    if target.empty:
+        raise TargetError(
+            "The target asks for nothing. Name at least one of --max-size, --max-latency, --max-memory, --max-drop, "
+            "or ask for the whole curve with --sweep."
+        )
     options = options or Options()
     start = time.perf_counter()
     run = prepare(model, Path(data), target, Path(out), options, progress)
-    _observe(run)
-    levels, plans = _plan(run)
+    observe(run)
+    levels, plans = make_plans(run)
     tried = _search(run, plans)
     chosen = conclude(tried, run.target)
     result = _finish(run, levels, plans, tried, chosen, time.perf_counter() - start)
@@ -115,10 +120,6 @@ def prepare(model: str, data: Path, target: Target, out: Path, options: Options,
     """Check everything that can be checked before work starts, then load the model and make the work folder."""
     import torch
 
-    if target.empty:
-        raise TargetError(
-            "The target asks for nothing. Name at least one of --max-size, --max-latency, --max-memory, --max-drop."
-        )
     check_out(out)
     dataset = prompted(read_dataset(data, need_text=True), options.templates)
     if options.calibration is None:
@@ -154,7 +155,7 @@ def _answer_of(run: Run) -> Callable[[Any], list[int]]:
     return lambda audio: model.family.answer(model.module, audio, model.settings, options.language, options.task)
 
 
-def _observe(run: Run) -> None:
+def observe(run: Run) -> None:
     """The original's own words: on the evaluation samples to compare with, on the calibration samples to imitate."""
     family = run.model.family
     run.before = answers(
@@ -184,7 +185,8 @@ def _calibration(run: Run) -> dict[str, Any]:
     }
 
 
-def _plan(run: Run) -> tuple[list[Level], list[Plan]]:
+def make_plans(run: Run) -> tuple[list[Level], list[Plan]]:
+    """Measure the sensitivities; returns them, and the plans along the front, each checked."""
     observed, judged = divide(run.batches)
     kept = run.work / "sensitivity.jsonl"
     sums = measure_grams(run.model, observed, run.progress)
@@ -261,37 +263,54 @@ def _attempt(run: Run, plan: Plan) -> dict[str, Any]:
     if done.is_file():
         earlier = dict(json.loads(done.read_text()))
         return earlier | {"plan": plan.name, "missed": _missed(run, earlier)}
+    built = build(run, plan)
+    family, samples = run.model.family, spread(run.evaluation, TIMED)
+    timing = time_pair(samples, _answer_of(run), built.reply, run.progress, family.open_input)
+    asked = (threads_of(run.options, run.target.device), run.options.language, _task(run))
+    process = measure("bundle", str(built.bundle.resolve()), _measured(run), *asked)
+    outcome = built.outcome | {"timing": timing, "process": process}
+    write_json(done, outcome)
+    return outcome | {"missed": _missed(run, outcome)}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle in the work folder, judged: how it answers, and what is known of it but time and memory."""
+
+    bundle: Path
+    reply: Callable[[Any], list[Any]]
+    outcome: dict[str, Any]
+
+
+def build(run: Run, plan: Plan) -> Built:
+    """Apply and deploy one plan and let the bundle answer; waves and answers of an earlier run are kept."""
+    folder = run.work / plan.key[:12]
     observed, judged = divide(run.batches)
     bundle = folder / "bundle"
     fresh = load(run.model.source.path, trust_remote_code=run.options.trust_remote_code)
     records = compress_(fresh, plan, observed, folder / "waves", _named(run, plan))
     if not is_bundle(bundle):
         deploy(fresh, plan, records, bundle, run.options.language, run.options.task)
-    threads = threads_of(run.options, run.target.device)
-    served = open_served(bundle, threads)
-
+    served = open_served(bundle, threads_of(run.options, run.target.device))
     names = old_ids(plan)
 
     def reply(content: Any) -> list[Any]:
-        tokens = served.reply(content, run.options.language, task)
+        tokens = served.reply(content, run.options.language, _task(run))
         return tokens if names is None else [names[t] for t in tokens]
 
     family = run.model.family
-    task = run.options.task if family.detect_language else None
     what = f"{plan.name} in ONNX Runtime"
     after = answers(run.evaluation, reply, folder / "after.jsonl", what, run.progress, family.open_input)
-    compare = SCORES[family.task][0]
-    found, rows = compare(run.evaluation, run.before, after, run.model.decoder(), run.languages)
-    agreed = parity(fresh, served, judged[:2])
-    samples = spread(run.evaluation, TIMED)
-    timing = time_pair(samples, _answer_of(run), reply, run.progress, family.open_input)
+    found, rows = SCORES[family.task][0](run.evaluation, run.before, after, run.model.decoder(), run.languages)
     outcome = {
         "plan": plan.name, "size": open_bundle(bundle).size, "quality": asdict(found), "rows": rows[:10],
-        "timing": timing, "records": [asdict(r) for r in records], "parity": agreed,
-        "process": measure("bundle", str(bundle.resolve()), _measured(run), threads, run.options.language, task),
+        "records": [asdict(r) for r in records], "parity": parity(fresh, served, judged[:2]),
     }  # fmt: skip
-    write_json(done, outcome)
-    return outcome | {"missed": _missed(run, outcome)}
+    return Built(bundle, reply, outcome)
+
+
+def _task(run: Run) -> str | None:
+    return run.options.task if run.model.family.detect_language else None
 
 
 def _measured(run: Run) -> list[tuple[str, Sequence[str]]]:
@@ -348,16 +367,21 @@ def _finish(
         outcome["quality"]["name"],
         run.evaluation.n,
     )
-    how = {
-        "machine": machine(), "threads": threads_of(run.options, run.target.device), "os": platform.platform(),
-        "python": platform.python_version(), "versions": versions(), "seconds": round(seconds, 1),
-        "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
     result = assemble(
         run=run, levels=levels, plans=plans, tried=tried, chosen=chosen,
-        extra={"original": json.loads(kept.read_text()), "ladder": rungs, "how": how, "profile": profile(run.model)},
+        extra={"original": json.loads(kept.read_text()), "ladder": rungs, "how": circumstances(run, seconds),
+               "profile": profile(run.model)},
     )  # fmt: skip
     write_json(run.out / "plan.json", plan.to_dict())
     write_json(run.out / "result.json", result)
     write_report(result, run.out / "report.html")
     return result
+
+
+def circumstances(run: Run, seconds: float) -> dict[str, Any]:
+    """On what and with what a result was measured."""
+    return {
+        "machine": machine(), "threads": threads_of(run.options, run.target.device), "os": platform.platform(),
+        "python": platform.python_version(), "versions": versions(), "seconds": round(seconds, 1),
+        "date": datetime.date.today().isoformat(),
+    }  # fmt: skip

@@ -333,6 +333,4 @@ def _normalizer(kind: str) -> Callable[[str], str]:
 
 def _missing(package: str) -> RuntimeMissing:
     # All that scoring needs, and nothing of what fitting does: a device has no room for PyTorch.
-    return RuntimeMissing(
-        f"Scoring text needs the package {package}. Install it: pip install jiwer whisper-normalizer zhconv"
-    )
+    return RuntimeMissing(f"Scoring text needs the package {package}. Install it: pip install 'packlight[eval]'")

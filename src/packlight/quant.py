@@ -18,6 +18,7 @@ from packlight.codec import coded_rate
 # Codes within +-63 are exact on every processor and cost half a bit of resolution.
 LIMIT = 63
 _SAMPLE = 400_000  # weights looked at when a step is searched
+_TALL, _BOUND_ROWS = 8, 1024  # rows per column from which a bound uses the covariance; rows that it looks at
 _ROWS, _BLOCK = 4096, 64  # rows at a time, columns between two full updates: 1 MB of float32
 
 
@@ -283,11 +284,14 @@ def rate_of(codes: Tensor) -> float:
 
 
 def bound(weight: Tensor, gram: Tensor, loss: float) -> float:
-    """The rate below which no code of any kind, however slow, brings a layer's relative output error to `loss`.
+    """The rate below which no code, however slow, brings Gaussian weights like these to a relative output error `loss`.
 
-    Reverse water-filling (Cover and Thomas, theorem 10.3.3) over the eigenvectors of the Gram matrix: a direction
-    with energy v gets max(0, log2(v / theta) / 2) bits, and theta is such that the errors min(v, theta) sum to the
-    loss. The energies are those of this weight: v_i = lambda_i * mean over rows of (W u_i)².
+    Reverse water-filling (Cover and Thomas, theorem 10.3.3): a direction with energy v gets max(0, log2(v / theta) / 2)
+    bits, and theta is such that the errors min(v, theta) sum to the loss. The weights are taken as Gaussian, every row
+    with a scale of its own, as the file has it too. Directions are the eigenvectors of the Gram matrix S, with energy
+    lambda_i * mean over rows of (W u_i)². Where a weight has many more rows than columns, its columns' covariance K is
+    known as well at no cost, and the directions are those of S^1/2 K S^1/2; in a square one K would be as many numbers
+    as the weights.
 
     Args:
         weight: [out, in].
@@ -297,13 +301,27 @@ def bound(weight: Tensor, gram: Tensor, loss: float) -> float:
     Returns:
         bits per weight.
     """
-    eigenvalues, vectors = torch.linalg.eigh(gram.double())
-    energy = eigenvalues.clamp(min=0) * (weight.double() @ vectors).square().mean(0)
-    low, high = 0.0, float(energy.max())
-    for _ in range(100):
-        theta = (low + high) / 2
-        if float(energy.clamp(max=theta).mean()) < loss * float(energy.mean()):
-            low = theta
-        else:
-            high = theta
-    return float((0.5 * torch.log2(energy / max(high, 1e-300))).clamp(min=0).mean())
+    values, vectors = torch.linalg.eigh(gram.double())
+    basis = vectors * values.clamp(min=0).sqrt()
+    second = basis.T @ (weight.double().T @ weight.double() / len(weight)) @ basis
+    if len(weight) >= _TALL * weight.shape[1]:
+        basis = basis @ torch.linalg.eigh(second)[1]
+        second = basis.T @ (weight.double().T @ weight.double() / len(weight)) @ basis
+    energy = second.diagonal().clamp(min=0)
+    some = weight[:: -(-len(weight) // _BOUND_ROWS)].double() @ basis
+    rows = (some.square() / energy.clamp(min=1e-300)).mean(1, keepdim=True)
+    return _water_filled(energy * rows / rows.mean().clamp(min=1e-300), loss)
+
+
+def _water_filled(energy: Tensor, loss: float) -> float:
+    """Mean bits for directions of these energies when their errors are that share of the sum of the energies."""
+    energy = energy.flatten().sort().values
+    count = len(energy)
+    below = energy.cumsum(0)  # the errors of the k + 1 weakest; the others have theta each
+    above = torch.arange(count - 1, -1, -1, dtype=energy.dtype)
+    aim = loss * float(below[-1])
+    k = int(torch.searchsorted(below + above * energy, aim))  # the weakest direction that gets bits
+    if k >= count or aim <= 0:
+        return 0.0
+    theta = (aim - (float(below[k - 1]) if k else 0.0)) / (count - k)
+    return float((0.5 * torch.log2(energy[k:] / theta)).sum() / count)

@@ -8,6 +8,7 @@ field that is missing, or of the wrong kind, leaves its place out or says that i
 import base64
 import hashlib
 import re
+from collections.abc import Callable
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -15,8 +16,10 @@ from string import Template
 from typing import Any
 
 from packlight.errors import DataError
-from packlight.report_charts import colours, front_chart, layers_chart, parts_chart, sensitivity_chart
+from packlight.report_certificate import certificate
+from packlight.report_charts import front_chart, layers_chart, parts_chart, sensitivity_chart
 from packlight.report_html import code, fold, maybe, p, pairs, section, table
+from packlight.report_svg import colours
 from packlight.report_text import (
     Words,
     count,
@@ -41,7 +44,7 @@ OPEN_SAMPLES = 6  # utterances shown at once; the others wait behind a click
 
 
 def write_report(result: dict[str, Any], path: Path) -> None:
-    """Write the page so that a reader never sees half of it.
+    """Write the page of a fit.
 
     Args:
         result: what `packlight fit` writes as result.json.
@@ -50,9 +53,14 @@ def write_report(result: dict[str, Any], path: Path) -> None:
     Raises:
         DataError: the result is no object, or is newer than this packlight.
     """
+    write_page(render(result), path)
+
+
+def write_page(page: str, path: Path) -> None:
+    """Write a page so that a reader never sees half of it."""
     temporary = path.with_name(path.name + ".part")
     # A transcript may hold half a surrogate pair, which no encoding can write.
-    temporary.write_bytes(render(result).encode("utf-8", "replace"))
+    temporary.write_bytes(page.encode("utf-8", "replace"))
     temporary.replace(path)
 
 
@@ -68,6 +76,11 @@ def render(result: dict[str, Any]) -> str:
     Raises:
         DataError: the result is no object, or is newer than this packlight.
     """
+    return page(result, _body)
+
+
+def page(result: dict[str, Any], body: Callable[[dict[str, Any], Words], str]) -> str:
+    """The template around the body in both languages. Raises DataError for what `render` refuses."""
     if not isinstance(result, dict):
         raise DataError("The result of a run is a JSON object; this is none. Run `packlight fit` again.")
     version = result.get("version", VERSION)
@@ -80,8 +93,8 @@ def render(result: dict[str, Any]) -> str:
     return Template(page).substitute(
         title=escape(" · ".join(filter(None, (text(group(result.get("model")).get("source")), "packlight")))),
         script_hash=base64.b64encode(digest).decode(),
-        english=_body(result, words("en")),
-        chinese=_body(result, words("zh")),
+        english=body(result, words("en")),
+        chinese=body(result, words("zh")),
     )
 
 
@@ -93,16 +106,16 @@ def _body(result: dict[str, Any], w: Words) -> str:
         _parts,
         _sensitivity,
         _layers,
+        certificate,
         _worst,
         _plan,
         _tries,
         _ladder,
-        _how,
-        _notes,
+        how,
+        notes,
+        foot,
     )
-    made_by = w["made_by"].format(version=text(result.get("packlight"))).strip()
-    foot = f"{made_by}{w['stop']} {w['as_recorded']}"
-    return "\n".join(filter(None, (part(result, w) for part in sections))) + p(foot, "foot")
+    return "\n".join(filter(None, (part(result, w) for part in sections)))
 
 
 # --- pictures ---
@@ -282,15 +295,16 @@ def _ladder(result: dict[str, Any], w: Words) -> str:
 # --- method ---
 
 
-def _how(result: dict[str, Any], w: Words) -> str:
-    how, model, data = (group(result.get(key)) for key in ("how", "model", "data"))
+def how(result: dict[str, Any], w: Words) -> str:
+    """The section on how it was measured."""
+    done, model, data = (group(result.get(key)) for key in ("how", "model", "data"))
     before, after = (text(group(result.get(key)).get("runtime")) for key in ("before", "after"))
     timing, metric = group(result.get("timing")), group(result.get("metric"))
     model_facts = [text(model.get(key)) for key in ("source", "architecture", "dtype")]
-    threads = number(how.get("threads")) or number(timing.get("threads"))
-    machine = [text(how.get("machine")) or text(timing.get("machine")), text(how.get("os"))]
+    threads = number(done.get("threads")) or number(timing.get("threads"))
+    machine = [text(done.get("machine")) or text(timing.get("machine")), text(done.get("os"))]
     machine.append(w["threads"].format(n=f"{threads:g}") if threads is not None else "")
-    versions = {"Python": how.get("python"), **group(how.get("versions"))}
+    versions = {"Python": done.get("python"), **group(done.get("versions"))}
     n, resamples, level = (
         number(timing.get("samples")),
         number(metric.get("resamples")),
@@ -313,10 +327,10 @@ def _how(result: dict[str, Any], w: Words) -> str:
         ("bootstrap", _facts(drawn)),
         ("machine", _facts(machine)),
         ("versions", _facts([f"{k} {text(v)}" for k, v in versions.items() if text(v)])),
-        ("date", escape(text(how.get("date")))),
+        ("date", escape(text(done.get("date")))),
         (
             "took",
-            escape(format_seconds(number(how.get("seconds")) or 0)) if number(how.get("seconds")) else "",
+            escape(format_seconds(number(done.get("seconds")) or 0)) if number(done.get("seconds")) else "",
         ),
         ("seed", escape(text(group(result.get("plan")).get("seed")))),
     ]
@@ -343,8 +357,15 @@ def _files(result: dict[str, Any], w: Words) -> str:
     return fold(w["files"], table([w["file"], _capital(w["size"])], lines, "numbers", total))
 
 
-def _notes(result: dict[str, Any], w: Words) -> str:
-    notes = result.get("notes")
-    said = [text(note) for note in notes] if isinstance(notes, list) else []
+def notes(result: dict[str, Any], w: Words) -> str:
+    """The section of the notes."""
+    found = result.get("notes")
+    said = [text(note) for note in found] if isinstance(found, list) else []
     body = "".join(f"<li>{escape(note)}</li>" for note in said if note)
     return section(w, "notes", f'<ul lang="en">{body}</ul>' if body else "")
+
+
+def foot(result: dict[str, Any], w: Words) -> str:
+    """The last line of a page."""
+    made_by = w["made_by"].format(version=text(result.get("packlight"))).strip()
+    return p(f"{made_by}{w['stop']} {w['as_recorded']}", "foot")

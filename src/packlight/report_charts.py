@@ -1,99 +1,29 @@
-"""The pictures of the report, as SVG strings.
-
-A chart has no viewBox: its box is the plot area, positions across are percentages and text keeps its size, so
-one picture serves a phone and a desk. Labels stand in the margins, outside the box; the page's style sheet
-gives the box those margins from `--left` and `--right`, and all colours.
-"""
+"""The pictures of the report, as SVG strings, drawn with `report_svg`."""
 
 import math
 from collections.abc import Sequence
-from html import escape
 from itertools import pairwise
 from typing import Any
 
-from packlight.report_text import Words, named, number, percent, ratio, small, superscript, text
+from packlight.report_svg import (
+    across,
+    at_log,
+    colours,
+    decades,
+    line,
+    linear_ticks,
+    log_rows,
+    power_of_ten,
+    say,
+    size_axis,
+    svg,
+    tight,
+    tipped,
+)
+from packlight.report_text import Words, named, number, percent, ratio, small, text
 from packlight.target import format_bytes
 
 _LEVELS = 88  # pixels for the names of levels
-COLOURS = 8  # the style sheet has c0 to c7
-
-
-def across(value: float) -> str:
-    """A position 0..1 as a percentage of the plot's width."""
-    return f"{100 * value:.2f}%"
-
-
-def _svg(body: str, label: str, height: int, left: int = 0, right: int = 0) -> str:
-    box = f"height:{height}px;--left:{left}px;--right:{right}px"
-    return f'<svg class="chart" role="img" aria-label="{escape(label)}" style="{box}">{body}</svg>'
-
-
-def _say(x: str, y: float, words: str, anchor: str = "start", style: str = "", shift: int = 0) -> str:
-    move = f' dx="{shift}"' if shift else ""
-    kind = f' class="{style}"' if style else ""
-    return f'<text x="{x}" y="{y:.1f}" text-anchor="{anchor}"{move}{kind}>{escape(words)}</text>'
-
-
-def _line(x1: str, y1: float, x2: str, y2: float, style: str) -> str:
-    return f'<line x1="{x1}" y1="{y1:.1f}" x2="{x2}" y2="{y2:.1f}" class="{style}"/>'
-
-
-def _group(body: str, tip: str, style: str = "") -> str:
-    return f'<g class="tip {style}"><title>{escape(tip)}</title>{body}</g>'
-
-
-def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers from `low` to `high`, at most `most`, in steps of 1, 2 or 5 times a power of ten."""
-    if not high > low:
-        return [low]
-    rough = (high - low) / max(most - 1, 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def decades(values: Sequence[float]) -> tuple[int, int]:
-    """Exponents of the powers of ten that enclose the values above zero; at least one decade."""
-    above = [v for v in values if v > 0]
-    if not above:
-        return -1, 0
-    low = math.floor(math.log10(min(above)) + 1e-9)
-    return low, max(math.ceil(math.log10(max(above)) - 1e-9), low + 1)
-
-
-def tight(values: Sequence[float]) -> tuple[float, float]:
-    """Exponents that enclose the values, all above zero, at 1, 2 or 5 times a power of ten."""
-    low, high = (math.floor(math.log10(v)) for v in (min(values), max(values)))
-    below = max(m for m in (1, 2, 5) if m * 10.0**low <= min(values) * (1 + 1e-9))
-    above = min(m for m in (1, 2, 5, 10) if m * 10.0**high >= max(values) * (1 - 1e-9))
-    ends = low + math.log10(below), high + math.log10(above)
-    return ends if ends[1] > ends[0] else (ends[0] - 0.5, ends[1] + 0.5)
-
-
-def at_log(value: float, span: tuple[float, float]) -> float:
-    """Where a value stands on a log axis: 0 at the lower end (and for zero), 1 at the upper end."""
-    if value <= 0:
-        return 0.0
-    return min(max((math.log10(value) - span[0]) / (span[1] - span[0]), 0.0), 1.0)
-
-
-def power_of_ten(exponent: int) -> str:
-    """0.001 for -3; below it 10⁻⁴, which is shorter."""
-    return f"{10.0**exponent:g}" if -3 <= exponent <= 4 else f"10{superscript(exponent)}"
-
-
-def colours(names: Sequence[str]) -> dict[str, int]:
-    """A colour number per name, in order of appearance."""
-    return {name: i % COLOURS for i, name in enumerate(dict.fromkeys(names))}
-
-
-def unit_of(largest: float) -> tuple[str, float]:
-    """The unit, and its bytes, in which an axis up to `largest` bytes is written."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if largest >= scale:
-            return unit, scale
-    return "B", 1.0
 
 
 # --- Pareto front ---
@@ -128,17 +58,17 @@ def front_chart(points: Sequence[dict[str, Any]], limit: float | None, w: Words)
     def y(kl: float) -> float:
         return height * (1 - at_log(kl, span))
 
-    body = _log_rows(span, height, clipped=clipped) + _size_axis(low, high, height, w)
+    body = log_rows(span, height, clipped=clipped) + size_axis(low, high, height, w)
     if limit:
         side = ("end", -8) if x(limit) > 0.6 else ("start", 8)
         said = f"{w['target']} {w['at_most'].format(value=format_bytes(limit))}"
-        body += _line(across(x(limit)), 0, across(x(limit)), height, "target")
-        body += _say(across(x(limit)), 14, said, side[0], "target", side[1])
+        body += line(across(x(limit)), 0, across(x(limit)), height, "target")
+        body += say(across(x(limit)), 14, said, side[0], "target", side[1])
     for a, b in pairwise(drawn):
-        body += _line(across(x(a["bytes"])), y(a["kl"]), across(x(b["bytes"])), y(b["kl"]), "front")
+        body += line(across(x(a["bytes"])), y(a["kl"]), across(x(b["bytes"])), y(b["kl"]), "front")
     for p in sorted(drawn, key=lambda p: bool(p.get("chosen"))):
         body += _front_point(p, x, y(p["kl"]), w)
-    return _svg(body, f"{w['front']}{w['colon']}{w['front.lead']}", height, 58, 14)
+    return svg(body, f"{w['front']}{w['colon']}{w['front.lead']}", height, 58, 14)
 
 
 def _without_outlier(values: Sequence[float]) -> tuple[tuple[float, float], bool]:
@@ -165,7 +95,7 @@ def _front_point(point: dict[str, Any], x: Any, y: float, w: Words) -> str:
         tip.append(f"{w['measured']} {format_bytes(size)}")
     body = ""
     if size is not None:
-        body += _line(across(x(point["bytes"])), y, across(place), y, "lead")
+        body += line(across(x(point["bytes"])), y, across(place), y, "lead")
     style = "chosen" if chosen else "measured" if known else "predicted"
     if chosen:
         body += f'<circle cx="{across(place)}" cy="{y:.1f}" r="12" class="halo"/>'
@@ -175,28 +105,10 @@ def _front_point(point: dict[str, Any], x: Any, y: float, w: Words) -> str:
         left = place > 0.2
         said = f"{plan} {w['chosen']}" if chosen else plan
         if left:
-            body += _say(across(place), y + 18, said, "end", style, -9)
+            body += say(across(place), y + 18, said, "end", style, -9)
         else:
-            body += _say(across(place), y - 10, said, "start", style, 6)
-    return _group(body, " · ".join(filter(None, tip)))
-
-
-def _log_rows(span: tuple[float, float], height: float, top: float = 0, clipped: bool = False) -> str:
-    body = ""
-    for exponent in range(math.ceil(span[0] - 1e-9), math.floor(span[1] + 1e-9) + 1):
-        y = top + height * (1 - (exponent - span[0]) / (span[1] - span[0]))
-        said = ("≤ " if clipped and exponent <= span[0] + 1e-9 else "") + power_of_ten(exponent)
-        body += _line("0%", y, "100%", y, "grid") + _say("0%", y + 4, said, "end", "", -10)
-    return body
-
-
-def _size_axis(low: float, high: float, height: float, w: Words) -> str:
-    unit, scale = unit_of(high)
-    body = ""
-    for tick in linear_ticks(low / scale, high / scale):
-        place = across((tick * scale - low) / (high - low))
-        body += _line(place, height, place, height + 5, "axis") + _say(place, height + 21, f"{tick:g}", "middle")
-    return body + _say("100%", height + 42, w["front.x"].format(unit=unit), "end", "quiet")
+            body += say(across(place), y - 10, said, "start", style, 6)
+    return tipped(body, " · ".join(filter(None, tip)))
 
 
 # --- where the bytes are ---
@@ -218,18 +130,18 @@ def parts_chart(parts: Sequence[dict[str, Any]], w: Words) -> str:
     if not whole:
         return ""
     names = [text(p.get("name")) for p in parts]
-    body = _say("0%", 12, f"{w['before']} {format_bytes(sum(before))}", style="strong")
+    body = say("0%", 12, f"{w['before']} {format_bytes(sum(before))}", style="strong")
     body += _stack(names, before, whole, 20, w)
-    body += _say("0%", 84, f"{w['after']} {format_bytes(sum(after))}", style="strong")
+    body += say("0%", 84, f"{w['after']} {format_bytes(sum(after))}", style="strong")
     body += _stack(names, after, whole, 92, w)
     share = sum(after) / whole
     if not 0 < share < 0.9:
-        return _svg(body, w["parts"], 130)
+        return svg(body, w["parts"], 130)
     wedge = f"0,0 {100 * share:.2f},0 100,100 0,100"
     body += '<svg x="0" y="126" width="100%" height="34" viewBox="0 0 100 100" preserveAspectRatio="none">'
     body += f'<polygon points="{wedge}" class="wedge"/></svg>' + _stack(names, after, sum(after), 160, w)
-    body += _say("100%", 212, w["enlarged"].format(ratio=ratio(1 / share)), "end", "quiet")
-    return _svg(body, f"{w['parts']}{w['colon']}{w['parts.lead']}", 216)
+    body += say("100%", 212, w["enlarged"].format(ratio=ratio(1 / share)), "end", "quiet")
+    return svg(body, f"{w['parts']}{w['colon']}{w['parts.lead']}", 216)
 
 
 def _stack(names: Sequence[str], values: Sequence[float], whole: float, y: int, w: Words) -> str:
@@ -238,7 +150,7 @@ def _stack(names: Sequence[str], values: Sequence[float], whole: float, y: int, 
         width = value / whole
         tip = f"{named(w, name)} · {format_bytes(value)} · {percent(value / (sum(values) or 1))}"
         bar = f'<rect x="{across(start)}" y="{y}" width="{across(width)}" height="34" class="c{colour[name]}"/>'
-        body += _group(bar, tip, "cut")
+        body += tipped(bar, tip, "cut")
         start += width
     return body
 
@@ -266,7 +178,7 @@ def sensitivity_chart(entries: Sequence[dict[str, Any]], w: Words) -> str:
     y, body = 0.0, ""
     for part, levels in by_part.items():
         y += 26
-        body += _say("0%", y, named(w, part), style="strong", shift=-_LEVELS)
+        body += say("0%", y, named(w, part), style="strong", shift=-_LEVELS)
         for e in levels:
             y += 20
             body += _sensitivity_row(e, part, y, at_log(e["kl"], span), w)
@@ -274,9 +186,9 @@ def sensitivity_chart(entries: Sequence[dict[str, Any]], w: Words) -> str:
     grid = ""
     for exponent in range(span[0], span[1] + 1):
         place = across((exponent - span[0]) / (span[1] - span[0]))
-        grid += _line(place, 6, place, y, "grid") + _say(place, y + 18, power_of_ten(exponent), "middle")
-    grid += _say("100%", y + 40, w["kl"], "end", "quiet")
-    return _svg(grid + body, f"{w['sensitivity']}{w['colon']}{w['sensitivity.lead']}", int(y), _LEVELS, 58)
+        grid += line(place, 6, place, y, "grid") + say(place, y + 18, power_of_ten(exponent), "middle")
+    grid += say("100%", y + 40, w["kl"], "end", "quiet")
+    return svg(grid + body, f"{w['sensitivity']}{w['colon']}{w['sensitivity.lead']}", int(y), _LEVELS, 58)
 
 
 def _sensitivity_row(entry: dict[str, Any], part: str, y: float, place: float, w: Words) -> str:
@@ -287,9 +199,9 @@ def _sensitivity_row(entry: dict[str, Any], part: str, y: float, place: float, w
         tip.append(format_bytes(size))
     if flips is not None:
         tip.append(w["flips"].format(value=percent(flips)))
-    bar = _say("0%", y, _level(level, w), "end", "", -10)
+    bar = say("0%", y, _level(level, w), "end", "", -10)
     bar += f'<rect x="0" y="{y - 8:.1f}" width="{across(place)}" height="8" rx="1" class="bar"/>'
-    return _group(bar + _say(across(place), y, small(entry["kl"]), "start", "quiet", 8), " · ".join(tip))
+    return tipped(bar + say(across(place), y, small(entry["kl"]), "start", "quiet", 8), " · ".join(tip))
 
 
 def _level(level: str, w: Words) -> str:
@@ -316,19 +228,19 @@ def layers_chart(entries: Sequence[dict[str, Any]], colour: dict[str, int], w: W
     body, top = "", 24.0
     if any(rates):
         high = max(rates) * 1.05
-        body += _say("0%", top - 12, w["rate.axis"], style="quiet", shift=-52)
+        body += say("0%", top - 12, w["rate.axis"], style="quiet", shift=-52)
         for tick in linear_ticks(0, high):
             y = top + 110 * (1 - tick / high)
-            body += _line("0%", y, "100%", y, "grid") + _say("0%", y + 4, f"{tick:g}", "end", "", -10)
+            body += line("0%", y, "100%", y, "grid") + say("0%", y + 4, f"{tick:g}", "end", "", -10)
         body += _columns(entries, [r / high for r in rates], top, 110, colour, w)
         top += 110 + 44
     if any(errors):
         span = decades(errors)
-        body += _say("0%", top - 12, w["distortion.axis"], style="quiet", shift=-52)
-        body += _log_rows(span, 130, top)
+        body += say("0%", top - 12, w["distortion.axis"], style="quiet", shift=-52)
+        body += log_rows(span, 130, top)
         body += _columns(entries, [at_log(e, span) for e in errors], top, 130, colour, w)
         top += 130 + 44
-    return _svg(body, f"{w['layers']}{w['colon']}{w['layers.lead']}", int(top) - 40, 52, 2) if body else ""
+    return svg(body, f"{w['layers']}{w['colon']}{w['layers.lead']}", int(top) - 40, 52, 2) if body else ""
 
 
 def _columns(
@@ -349,7 +261,7 @@ def _columns(
             tip.append(f"{w['distortion']} {small(error)}")
         place = f'x="{across((i + 0.12) / len(entries))}" width="{across(0.76 / len(entries))}"'
         size = f'y="{top + tall * (1 - height):.1f}" height="{max(tall * height, 1):.1f}"'
-        body += _group(f'<rect {place} {size} class="c{colour.get(part, 0)}"/>', " · ".join(filter(None, tip)))
+        body += tipped(f'<rect {place} {size} class="c{colour.get(part, 0)}"/>', " · ".join(filter(None, tip)))
     return body
 
 
@@ -366,8 +278,8 @@ def gauge(before: float | None, after: float, limit: float | None, label: str) -
         body += f'<rect x="0" y="8" width="{across(before / whole)}" height="6" rx="3" class="was"/>'
     body += f'<rect x="0" y="8" width="{across(after / whole)}" height="6" rx="3" class="now"/>'
     if limit:
-        body += _line(across(limit / whole), 3, across(limit / whole), 19, "tick")
-    return _svg(body, label, 22)
+        body += line(across(limit / whole), 3, across(limit / whole), 19, "tick")
+    return svg(body, label, 22)
 
 
 def interval_chart(low: float | None, middle: float, high: float | None, limit: float | None, label: str) -> str:
@@ -378,9 +290,9 @@ def interval_chart(low: float | None, middle: float, high: float | None, limit: 
     def x(value: float) -> str:
         return across(0.03 + 0.94 * (value - start) / reach)
 
-    body = _line("0%", 11, "100%", 11, "rail-line") + _line(x(0), 5, x(0), 17, "zero")
+    body = line("0%", 11, "100%", 11, "rail-line") + line(x(0), 5, x(0), 17, "zero")
     if low is not None and high is not None:
-        body += _line(x(low), 11, x(high), 11, "span")
+        body += line(x(low), 11, x(high), 11, "span")
     if limit is not None:
-        body += _line(x(limit), 3, x(limit), 19, "tick")
-    return _svg(body + f'<circle cx="{x(middle)}" cy="11" r="5" class="now"/>', label, 22)
+        body += line(x(limit), 3, x(limit), 19, "tick")
+    return svg(body + f'<circle cx="{x(middle)}" cy="11" r="5" class="now"/>', label, 22)

@@ -16,7 +16,7 @@ def section(w: Words, key: str, body: str, lead: str = "") -> str:
     """A section under the heading `w[key]`, or '' when its body (HTML) is empty."""
     if not body:
         return ""
-    return f'<section class="{key}"><h2>{escape(w[key])}</h2>{p(lead, "lead")}{body}</section>'
+    return f'<section class="{key.replace(".", "-")}"><h2>{escape(w[key])}</h2>{p(lead, "lead")}{body}</section>'
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]], style: str = "", foot: Sequence[str] = ()) -> str:

@@ -80,7 +80,7 @@ TABLE: dict[str, tuple[str, str]] = {
         "predictions, and a short stroke leads to the size that was measured.",
         "每个点是一个方案：越低越接近原模型，越靠左越小。连线为预测值，短线指向实测大小。",
     ),
-    "front.x": ("bundle size, {unit}", "模型包大小，{unit}"),
+    "size.axis": ("bundle size, {unit}", "模型包大小，{unit}"),
     "kl": ("KL divergence to the original, log scale", "与原模型的 KL 散度，对数坐标"),
     "chosen": ("chosen", "已选"),
     "measured": ("measured", "已测量"),
@@ -115,6 +115,66 @@ TABLE: dict[str, tuple[str, str]] = {
     "rate.axis": ("bits per weight", "每权重位数"),
     "layer": ("Layer", "层"),
     "all_layers": ("All {n} layers", "全部 {n} 层"),
+    # certificate
+    "certificate": ("Distance to the theoretical limit", "与理论极限的距离"),
+    "certificate.lead": (
+        "The limit is reverse water-filling for Gaussian weights: the rate that no code goes below at the error "
+        "that was reached.",
+        "极限按高斯权重的反注水定理计算：在已达到的误差下，任何编码都不会低于这个码率。",
+    ),
+    "certificate.above": (
+        "The linear layers of this file take {rate} bits per weight, {gap} above the theoretical limit of {limit}.",
+        "本文件的线性层每权重 {rate} 位，比理论极限 {limit} 位高 {gap} 位。",
+    ),
+    "certificate.below": (
+        "The linear layers of this file take {rate} bits per weight, {gap} below the {limit} that Gaussian weights "
+        "would need: these are easier to code than Gaussian ones.",
+        "本文件的线性层每权重 {rate} 位，比高斯权重所需的 {limit} 位低 {gap} 位：这些权重比高斯权重更容易编码。",
+    ),
+    "certificate.mean": (
+        "Counting every layer once instead of every weight, the mean gap is {gap}.",
+        "若每层只计一次而不按权重数计，平均差距为 {gap} 位。",
+    ),
+    "certificate.covers": (
+        "This covers codes and scales of the {n} of {all} layers whose inputs were observed on the calibration data, "
+        "{share} of the weights in layers, without norms, biases and graphs.",
+        "统计范围：{all} 层中在校准数据上观测到输入的 {n} 层（占各层权重的 {share}）的整数码与缩放系数；不含归一化参数、偏置和计算图。",
+    ),
+    "certificate.finest": (
+        "{n} of them were given no number of bits but the finest grid: that buys exactness rather than size, so their "
+        "gap is large.",
+        "其中 {n} 层未指定位数，而是用能放下的最细网格：换来的是精确而不是体积，所以差距大。",
+    ),
+    "certificate.solid": ("full colour: the limit", "深色：理论极限"),
+    "certificate.pale": ("pale: what the file spends above it", "浅色：文件超出极限的部分"),
+    "limit": ("Limit", "极限"),
+    "gap": ("Gap", "差距"),
+    "bytes": ("Bytes", "字节数"),
+    "bytes.limit": ("Bytes at the limit", "极限字节数"),
+    "layers.count": ("Layers", "层数"),
+    # sweep
+    "sweep": ("SIZE AGAINST QUALITY", "大小与质量"),
+    "sweep.original": (
+        "The original takes {size} and has a {metric} of {value}.",
+        "原模型大小 {size}，{metric} 为 {value}。",
+    ),
+    "sweep.within": (
+        "The smallest point within the allowed drop is {plan}, {size}.",
+        "在允许的下降之内，最小的方案是 {plan}（{size}）。",
+    ),
+    "sweep.none": ("No point is within the allowed drop.", "没有方案在允许的下降之内。"),
+    "sweep.curve": ("The curve", "曲线"),
+    "sweep.lead": (
+        "Above, what was measured in the runtime, with 95 % intervals: lower is better. Differences beyond a "
+        "percentage point are drawn by their logarithm. Below, what was predicted for every plan of the front.",
+        "上图为在运行时中的实测值及 95 % 置信区间，越低越好；超过一个百分点的差异按对数绘制。下图为前沿上每个方案的预测值。",
+    ),
+    "sweep.axis": ("{metric} minus the original's, percentage points", "{metric} 与原模型之差，百分点"),
+    "sweep.points": ("The points", "各点"),
+    "sweep.kl": ("KL predicted", "预测 KL"),
+    "sweep.misses": ("missed", "超出"),
+    "sweep.kept": ("bundle kept", "已保留模型包"),
+    "sweep.apply": ("Build any of them:", "构建其中任意一个："),
     # utterances
     "worst": ("Where it got worse", "变差最多的样本"),
     "worst.lead": (
@@ -165,7 +225,7 @@ TABLE: dict[str, tuple[str, str]] = {
     "machine": ("Machine", "机器"),
     "versions": ("Versions", "软件版本"),
     "date": ("Date", "日期"),
-    "took": ("The fit took", "拟合用时"),
+    "took": ("It took", "用时"),
     "seed": ("Seed", "随机种子"),
     "files": ("Files of the bundle", "模型包文件"),
     "file": ("File", "文件"),

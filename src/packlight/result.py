@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import packlight
+from packlight.certificate import certify, with_gaps
 from packlight.plan import Plan
 
 
@@ -18,15 +19,12 @@ def assemble(
 ) -> dict[str, Any]:
     """Put the parts together; `run` is `packlight.fitting.Run`, `extra` holds 'original', 'ladder', 'how', 'profile'."""
     outcome = chosen["outcome"]
-    found, timing, process, original = (
-        outcome["quality"],
-        outcome["timing"],
-        outcome["process"],
-        extra["original"],
-    )
-    source, before_bytes = run.model.source, run.model.source.bytes
+    found, timing, process = (outcome[key] for key in ("quality", "timing", "process"))
+    original = extra["original"]
+    before_bytes = run.model.source.bytes
     plan = next(p for p in plans if p.name == outcome["plan"])
     version = extra["how"]["versions"]
+    layers = with_gaps(outcome["records"], plan)
     before = {"size": before_bytes, "latency": timing["before"], "latency_mean": timing["before_mean"],
               "load": original["load"], "memory": original["memory"], "energy": original["energy"],
               "runtime": f"transformers {version['transformers']} (PyTorch float32)"}  # fmt: skip
@@ -38,11 +36,9 @@ def assemble(
         "packlight": packlight.__version__,
         "command": run.options.command,
         "verdict": _verdict(run, chosen, extra["ladder"]),
-        "model": {"source": source.name, "family": run.model.family.name, "architecture": source.architecture,
-                  "parameters": sum(p.numel() for p in run.model.module.parameters()), "licence": source.licence,
-                  "revision": source.revision, "usage": run.model.family.usage, "dtype": source.dtype, "sha256": source.sha256},
+        "model": model_facts(run.model),
         "target": run.target.to_dict(),
-        "data": {"calibration": _data(run.calibration) | {"words_from": "original model" if run.model.family.group == 1 else "captions"}, "evaluation": _data(run.evaluation)},
+        "data": data_facts(run),
         "metric": found,
         "before": before,
         "after": after,
@@ -55,7 +51,8 @@ def assemble(
         "files": [{"name": f.name, "bytes": f.stat().st_size} for f in sorted((run.out / "bundle").iterdir())],
         "sensitivity": [{"part": lv.part, "level": "8-bit groups" if lv.technique == "group_weights" else "finest" if lv.rate is None else f"{lv.rate:g} bits", "bytes": lv.bytes,
                          "kl": lv.kl, "flips": lv.flips} for lv in levels],
-        "layers": outcome["records"],
+        "layers": layers,
+        "certificate": certify(layers),
         "front": [{"plan": p.name, "bytes": p.expected["bytes"] + run.overhead, "kl": p.expected["kl"],
                    "chosen": p.name == plan.name, "measured": _measured(p, tried)} for p in plans
                   if p.name[0] in (plan.name[0], "f")],
@@ -66,7 +63,7 @@ def assemble(
         "worst": outcome["rows"],
         "ladder": extra["ladder"],
         "how": extra["how"],
-        "notes": _notes(run, found),
+        "notes": notes(run, found),
     }  # fmt: skip
 
 
@@ -85,6 +82,23 @@ def _verdict(run: Any, chosen: dict[str, Any], rungs: Sequence[dict[str, Any]]) 
         "rung": next((r["rung"] for r in reversed(rungs) if r["passed"]), ""),
         "nearest": chosen["nearest"],
     }
+
+
+def model_facts(model: Any) -> dict[str, Any]:
+    """What a result says of the original; `model` is a `packlight.model.Model`."""
+    source = model.source
+    return {
+        "source": source.name, "family": model.family.name, "architecture": source.architecture,
+        "parameters": sum(p.numel() for p in model.module.parameters()), "licence": source.licence,
+        "revision": source.revision, "usage": model.family.usage, "dtype": source.dtype, "sha256": source.sha256,
+    }  # fmt: skip
+
+
+def data_facts(run: Any) -> dict[str, Any]:
+    """What a result says of the samples of a `packlight.fitting.Run`."""
+    calibration, evaluation = _data(run.calibration), _data(run.evaluation)
+    words = "original model" if run.model.family.group == 1 else "captions"
+    return {"calibration": calibration | {"words_from": words}, "evaluation": evaluation}
 
 
 def _data(dataset: Any) -> dict[str, Any]:
@@ -115,12 +129,13 @@ def _measured(plan: Plan, tried: Sequence[dict[str, Any]]) -> dict[str, Any] | N
     )
 
 
-def _notes(run: Any, found: dict[str, Any]) -> list[str]:
-    notes = list(run.model.family.notes)
+def notes(run: Any, found: dict[str, Any]) -> list[str]:
+    """Sentences that a reader of the numbers should know; `found` is the quality of one bundle."""
+    said = list(run.model.family.notes)
     if found["n"] < 100:
-        notes.append(f"Only {found['n']} evaluation samples: the interval is wide. More samples make it narrower.")
+        said.append(f"Only {found['n']} evaluation samples: the interval is wide. More samples make it narrower.")
     spoken = found.get("languages", {})
     if run.options.language is None and set(spoken) - {"en"}:
         counts = ", ".join(f"{code} {n}" for code, n in spoken.items())
-        notes.append(f"Each sample was scored in the language that the original heard in it: {counts}.")
-    return notes
+        said.append(f"Each sample was scored in the language that the original heard in it: {counts}.")
+    return said

@@ -92,6 +92,7 @@ def verdict_text(result: dict[str, Any], out: Path) -> str:
         f"{'agreement':13}{metric['summary']}",
         f"{'plan':13}{result['plan']['name']}: " + "; ".join(_steps(result)),
     ]  # fmt: skip
+    lines += _limit_line(result.get("certificate"))
     lines += [f"{'':13}{result['verdict']['sentence']}"]
     if result["verdict"]["interval_crosses"]:
         lines += [f"{'':13}The 95 % interval crosses the allowed drop; --strict would ask for its upper end."]
@@ -119,3 +120,14 @@ def _steps(result: dict[str, Any]) -> list[str]:
     names = [step["technique"] for step in result["plan"]["steps"]]
     rates = [f"{p['name']} {p['rate']:.2f} b" for p in result["parts"] if p["rate"] is not None]
     return [words for name, words in _WHOLE.items() if name in names] + rates
+
+
+def _limit_line(found: dict[str, Any] | None) -> list[str]:
+    """How far above the theoretical limit the file is; nothing when its plan asks for no rate but the finest grid."""
+    if found is None or not found["rated"]:
+        return []
+    side = "above" if found["gap"] >= 0 else "below"
+    return [
+        f"{'limit':13}{found['rate']:.2f} bits per weight, {abs(found['gap']):.2f} {side} the theoretical limit "
+        f"({found['layers']} of {found['of_layers']} layers; mean of layers {found['gap_mean']:+.2f})"
+    ]

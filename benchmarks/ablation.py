@@ -1,0 +1,281 @@
+"""What each step buys, on a speech model: one table, at one budget of bytes.
+
+    python benchmarks/ablation.py MODEL --calibration DIR [--bits 3] [--alone] [--tune] -o OUT
+
+Every row is the row before it and one step more, brought to the same bits per weight over all layers, codes and
+scales. `--alone` adds rows that have every step but one; `--tune` adds the tuning of scales. Prints the table and
+writes it to OUT/ablation.md and OUT/ablation.json; OUT/work keeps finished layers, so a run that was cut off goes on.
+
+Quality is the KL divergence of the next-token distribution from the original's, per token, teacher-forced with the
+original's own words, on calibration recordings that nothing here has seen: not those that gave the Gram matrices, not
+those that measured the sensitivities, and never evaluation data. Activations stay float, in every row.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bakeoff import divergence, log_probabilities, say
+from torch import Tensor
+
+from packlight.applying import JUDGED, OBSERVED, Options, calibration_batches, divide
+from packlight.compress import compress_
+from packlight.data import Dataset, read_dataset
+from packlight.errors import DataError, PacklightError
+from packlight.evaluate import spread, threads_or_all
+from packlight.families import Batch
+from packlight.loading import load
+from packlight.model import Model
+from packlight.plan import Plan, Step, write_json
+from packlight.planner import levels_between
+from packlight.quant import channel_grid, error_feedback, rate_of
+from packlight.sensitivity import Level, measure_grams, sensitivity, settings
+from packlight.tables import TECHNIQUES
+from packlight.techniques import Compressed, Stage, Technique
+from packlight.techniques.codes import CodesConfig
+
+HELD = 30  # recordings that only judge
+NEAR = 0.01  # bits per weight that a row may be off the budget
+TRIES = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: which steps it has."""
+
+    name: str
+    coded: bool = True  # entropy-coded, with a step for all rows; else fixed width, a step per row
+    feedback: bool = True
+    columns: bool = True  # steps per column, and rescaling
+    allocated: bool = True
+    use: bool = True
+    tuned: bool = False
+
+
+STEPS = (
+    Row("round to nearest, fixed width, one scale per channel", False, False, False, False, False),
+    Row("+ entropy-aware step", True, False, False, False, False),
+    Row("+ error feedback", True, True, False, False, False),
+    Row("+ column steps and rescaling", True, True, True, False, False),
+    Row("+ bits by part", True, True, True, True, False),
+    Row("+ rows by token use"),
+)
+TUNED = Row("+ tuning of scales", tuned=True)
+ALONE = (
+    Row("all but error feedback", feedback=False, columns=False),
+    Row("all but column steps and rescaling", columns=False),
+    Row("all but bits by part", allocated=False),
+)
+
+
+def fixed_width(weight: Tensor, gram: Tensor | None, config: CodesConfig) -> Compressed:
+    """Round to nearest, the largest symmetric codes that fit `config.rate` bits, a scale per channel, no coder."""
+    limit = max(1, int(2 ** (config.rate or 8) - 1) // 2)
+    grid = channel_grid(weight, None, limit)
+    return _made(grid.codes(weight), grid, config, float(np.ceil(np.log2(2 * limit + 1))))
+
+
+def feedback_alone(weight: Tensor, gram: Tensor | None, config: CodesConfig) -> Compressed:
+    """Error feedback on one step for all rows, its scales left as they are."""
+    grid = channel_grid(weight, config.rate)
+    codes = grid.codes(weight) if gram is None else error_feedback(weight, gram, grid, config.damp)
+    return _made(codes, grid, config, rate_of(codes))
+
+
+def _made(codes: Tensor, grid: Any, config: CodesConfig, rate: float) -> Compressed:
+    tensors = {"codes": codes.T.to(torch.int8).contiguous(), "scale": grid.scale[:, 0].contiguous()}
+    return Compressed("codes", {"activations": config.activations}, tensors, grid.values(codes), rate)
+
+
+# Techniques of this table alone; `compress_` finds them by name like any other.
+TECHNIQUES["fixed_width"] = Technique("fixed_width", CodesConfig, fixed_width, Stage.QUANTIZE)
+TECHNIQUES["feedback_alone"] = Technique("feedback_alone", CodesConfig, feedback_alone, Stage.QUANTIZE, ("gram",))
+
+
+@dataclass
+class Bench:
+    """What all rows share."""
+
+    model: str
+    calibration: Dataset
+    bits: float
+    out: Path
+
+    @cached_property
+    def original(self) -> Model:
+        """The original, never changed."""
+        return load(self.model)
+
+    @cached_property
+    def work(self) -> Path:
+        """What is kept for this model and these recordings."""
+        key = hashlib.sha256(json.dumps([self.original.source.sha256, self.calibration.sha256]).encode()).hexdigest()
+        folder = self.out / "work" / key[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @cached_property
+    def batches(self) -> tuple[list[Batch], list[Batch], list[Batch]]:
+        """(for Gram matrices, for sensitivity, held back) batches, no recording in two of them."""
+        samples = self.calibration.samples
+        count = min(OBSERVED + JUDGED, len(samples) * 5 // 8)
+        known = spread(self.calibration, count)
+        rest = tuple(s for s in samples if s.sha256 not in {k.sha256 for k in known})
+        if count < 5 or not rest:
+            raise DataError(f"{self.calibration.source} has {len(samples)} recordings; this needs at least 8.")
+        held = spread(replace(self.calibration, samples=rest), HELD)
+        observed, judged = divide(self._batches(known))
+        return observed, judged, self._batches(held)
+
+    def _batches(self, samples: Sequence[Any]) -> list[Batch]:
+        picked = replace(self.calibration, samples=tuple(samples))
+        return calibration_batches(self.original, picked, Options(), self.work, say)
+
+    @cached_property
+    def reference(self) -> list[Tensor]:
+        """The original's log-probabilities on what is held back."""
+        return log_probabilities(self.original, self.batches[2])
+
+    @cached_property
+    def levels(self) -> dict[str, list[Level]]:
+        """By part: what each rate costs, as the planner sees it."""
+        observed, judged, _ = self.batches
+        sums = measure_grams(self.original, observed, say)
+        found: dict[str, list[Level]] = {}
+        for level in sensitivity(self.original, sums, judged, self.work / "sensitivity.jsonl", say):
+            found.setdefault(level.part, []).append(level)
+        return {part: levels_between(levels) for part, levels in found.items()}
+
+
+def allocate(levels: dict[str, list[Level]], budget: float) -> dict[str, Level]:
+    """The level of each part that has the least summed KL within `budget` bytes: one price per byte for all."""
+    low, high = -20.0, 0.0  # decimal logarithm of the price
+    best: dict[str, Level] = {}
+    for _ in range(60):
+        price = 10 ** ((low + high) / 2)
+        picked = {
+            part: min(found, key=lambda lv, price=price: lv.kl + price * lv.bytes) for part, found in levels.items()
+        }
+        if sum(lv.bytes for lv in picked.values()) > budget:
+            low = (low + high) / 2
+        else:
+            high, best = (low + high) / 2, picked
+    return best or {part: min(found, key=lambda lv: lv.bytes) for part, found in levels.items()}
+
+
+def steps(bench: Bench, row: Row, shift: float) -> tuple[Step, ...]:
+    """The plan's steps for a row; every rate that the budget gives is moved by `shift` bits, since scales cost some."""
+    model = bench.original
+    parts = [p for p in model.family.parts if any(p is model.family.part_of(path) for path in model.layers())]
+    weights = sum(x.weight.numel() for p, x in model.layers().items() if p not in {h for _, h in model.family.tied})
+    levels = allocate(bench.levels, bench.bits * weights / 8) if row.allocated else {}
+    found = []
+    for part in parts:
+        level = levels.get(part.name)
+        rate = bench.bits if level is None else level.rate
+        rate = None if rate is None else min(max(rate + shift, 1.0), 8.0)
+        if level is not None and level.technique == "group_weights":
+            found.append(Step("group_weights", {"bits": 8, "group": 32}, part.paths))
+            continue
+        config = settings(model, part.name, rate) if row.columns else {"rate": rate}
+        if not row.use:
+            config.pop("use", None)
+        name = "error_feedback" if row.columns else "feedback_alone" if row.feedback else "round_to_nearest"
+        found.append(Step(name if row.coded else "fixed_width", {**config, "activations": "float"}, part.paths))
+    found += [Step("tune_scales")] if row.tuned else []
+    return (*found, Step("float16"))
+
+
+def measure(bench: Bench, row: Row) -> dict[str, Any]:
+    """A row's numbers: bits are brought to the budget, then the KL is measured."""
+    observed, _, held = bench.batches
+    shift, bits = 0.0, bench.bits
+    for _ in range(TRIES if row.coded else 1):
+        shift += bench.bits - bits
+        model, bits = run(bench, steps(bench, replace(row, tuned=False), shift), observed)
+        if abs(bits - bench.bits) <= NEAR:
+            break
+    if row.tuned:
+        model, bits = run(bench, steps(bench, row, shift), observed)
+    found = divergence(model, held, bench.reference)
+    tokens = sum(n for _, _, n in found)
+    return {
+        "name": row.name, "bits": bits, "kl": sum(k for k, _, _ in found) / tokens,
+        "flips": sum(f for _, f, _ in found) / tokens, "tokens": tokens, "utterances": found,
+    }  # fmt: skip
+
+
+def run(bench: Bench, made: tuple[Step, ...], observed: Sequence[Batch]) -> tuple[Model, float]:
+    """Carry out a plan on a fresh model. Returns it, and its bits per weight."""
+    plan = Plan(made, bench.original.family.name, {"sha256": bench.calibration.sha256})
+    model = load(bench.model)
+    records = compress_(model, plan, observed, bench.work / plan.key[:12], say)
+    return model, sum(r.rate * r.parameters for r in records) / sum(r.parameters for r in records)
+
+
+def times(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, float, float]:
+    """KL of the first over that of the second, with the 95 % interval of a paired bootstrap over recordings."""
+    kl = np.array([[a[0], b[0]] for a, b in zip(first["utterances"], second["utterances"], strict=True)])
+    picks = np.random.default_rng(0).integers(0, len(kl), (10_000, len(kl)))
+    sums = kl[picks].sum(1)
+    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
+    return float(kl[:, 0].sum() / kl[:, 1].sum()), float(low), float(high)
+
+
+def markdown(found: Sequence[dict[str, Any]], alone: Sequence[dict[str, Any]], full: dict[str, Any]) -> str:
+    """The table: each step against the row before it, then each row that lacks one against the one that has all."""
+    lines = ["| | bits/weight | KL per token | top tokens changed | KL, times less than the row before |",
+             "|---|---:|---:|---:|---:|"]  # fmt: skip
+    for before, row in zip([None, *found], found, strict=False):
+        gain = "" if before is None else "{:.2f} [{:.2f}, {:.2f}]".format(*times(before, row))
+        lines.append(f"| {row['name']} | {row['bits']:.2f} | {row['kl']:.5f} | {row['flips']:.2%} | {gain} |")
+    if alone:
+        lines += ["", "| | bits/weight | KL per token | top tokens changed | KL, times that of all steps |",
+                  "|---|---:|---:|---:|---:|"]  # fmt: skip
+    for row in alone:
+        loss = "{:.2f} [{:.2f}, {:.2f}]".format(*times(row, full))
+        lines.append(f"| {row['name']} | {row['bits']:.2f} | {row['kl']:.5f} | {row['flips']:.2%} | {loss} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(say_row: Callable[[str], None] = lambda said: print(said, file=sys.stderr, flush=True)) -> int:
+    """Make the table; returns the exit status."""
+    parser = argparse.ArgumentParser(description="what each step buys; see the top of this file")
+    parser.add_argument("model", help="folder or hub id")
+    parser.add_argument("--calibration", type=Path, required=True, help="folder of calibration recordings")
+    parser.add_argument("--bits", type=float, default=3.0, help="bits per weight over all layers, scales included")
+    parser.add_argument("--alone", action="store_true", help="also every step left out alone")
+    parser.add_argument("--tune", action="store_true", help="also tuning of scales: some minutes")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(threads_or_all(0))
+    try:
+        bench = Bench(args.model, read_dataset(args.calibration), args.bits, args.out)
+        found = []
+        for row in (*STEPS, *((TUNED,) if args.tune else ())):
+            say_row(f"{row.name} ...")
+            found.append(measure(bench, row))
+        alone = [measure(bench, row) for row in ALONE] if args.alone else []
+    except PacklightError as error:
+        print(error, file=sys.stderr)
+        return 2
+    full = found[len(STEPS) - 1]
+    text = markdown(found, alone, full)
+    write_json(
+        args.out / "ablation.json", {"bits": args.bits, "model": Path(args.model).name, "rows": found, "alone": alone}
+    )
+    (args.out / "ablation.md").write_text(text, encoding="utf-8")
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,7 +23,8 @@ def curve(part: str, kl: float, finest: int = 6000) -> list[Level]:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return Model(whisper.tiny(), whisper.FAMILY, Source("tiny", "", "", "", None, "", "", "", 0), "", {})
+    nowhere = Source("", "", "", "", None, "", "", "", 0)
+    return Model(whisper.tiny(), whisper.FAMILY, nowhere, "", {})
 
 
 def rates(plan: Any) -> dict[str, float | None]:

@@ -15,7 +15,8 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -96,8 +97,21 @@ def _made(codes: Tensor, grid: Any, config: CodesConfig, rate: float) -> Compres
 
 
 # Techniques of this table alone; `compress_` finds them by name like any other.
-TECHNIQUES["fixed_width"] = Technique("fixed_width", CodesConfig, fixed_width, Stage.QUANTIZE)
-TECHNIQUES["feedback_alone"] = Technique("feedback_alone", CodesConfig, feedback_alone, Stage.QUANTIZE, ("gram",))
+OWN = {
+    "fixed_width": Technique("fixed_width", CodesConfig, fixed_width, Stage.QUANTIZE),
+    "feedback_alone": Technique("feedback_alone", CodesConfig, feedback_alone, Stage.QUANTIZE, ("gram",)),
+}
+
+
+@contextmanager
+def own_techniques() -> Iterator[None]:
+    """While this is open, plans may name the techniques of this table."""
+    TECHNIQUES.update(OWN)
+    try:
+        yield
+    finally:
+        for name in OWN:
+            del TECHNIQUES[name]
 
 
 @dataclass
@@ -217,7 +231,8 @@ def run(bench: Bench, made: tuple[Step, ...], observed: Sequence[Batch]) -> tupl
     """Carry out a plan on a fresh model. Returns it, and its bits per weight."""
     plan = Plan(made, bench.original.family.name, {"sha256": bench.calibration.sha256})
     model = load(bench.model)
-    records = compress_(model, plan, observed, bench.work / plan.key[:12], say)
+    with own_techniques():
+        records = compress_(model, plan, observed, bench.work / plan.key[:12], say)
     return model, sum(r.rate * r.parameters for r in records) / sum(r.parameters for r in records)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 
 from competitors import COMPETITORS, Case, Row, compressible
-from torch import Tensor
 
 from packlight.codec import write_weights
 from packlight.compress import compress_
@@ -20,7 +19,7 @@ def by_plan(plan: Plan, case: Case) -> None:
         arrays = {}
         for path in wanted:
             layer = case.model.module.get_submodule(path)
-            if isinstance(getattr(layer, "weight", None), Tensor):
+            if "weight" in dict(layer.named_parameters(recurse=False)):  # a compressed layer computes its own
                 arrays[f"{path}.weight"] = layer.weight.detach().half().float().numpy()
             arrays.update({f"{path}.{key}": value.numpy() for key, value in layer.named_buffers()})
         write_weights(case.folder / name / "weights.safetensors", arrays)

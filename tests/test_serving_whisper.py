@@ -91,7 +91,7 @@ def test_settings_survive_json() -> None:
         assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
 
 
-@pytest.mark.parametrize("name", sorted(ENGLISH.to_dict()))
+@pytest.mark.parametrize("name", sorted(set(ENGLISH.to_dict()) - {"context"}))
 def test_settings_refuse_a_missing_key(name: str) -> None:
     values = ENGLISH.to_dict()
     del values[name]

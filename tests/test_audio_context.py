@@ -9,7 +9,7 @@ import torch
 
 import packlight
 from packlight.bundle import open_bundle
-from packlight.compress import compress_
+from packlight.compress import check, compress_
 from packlight.context import AudioContext, places, spoken_positions
 from packlight.deploy import deploy, parity
 from packlight.errors import PlanError
@@ -166,5 +166,5 @@ def test_settings_that_drop_a_register_are_refused() -> None:
 def test_a_context_as_long_as_the_window_is_refused(tmp_path: Path) -> None:
     model = load(str(save_model(tmp_path / "model")))
     plan = Plan((step(AudioContextConfig(near=1500), "model.encoder.layers", ""), Step("float16")))
-    with pytest.raises(PlanError, match="keeps all 1500"):
-        compress_(model, plan, [], tmp_path / "waves")
+    with pytest.raises(PlanError, match="keeps all 1500"):  # before any work
+        check(plan, model)

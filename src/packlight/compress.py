@@ -24,7 +24,7 @@ from packlight.plan import Plan, StepRecord, write_json
 from packlight.quant import bound, distortion
 from packlight.tables import TECHNIQUES
 from packlight.techniques import Compressed, Technique
-from packlight.techniques.audio_context import AUDIO_CONTEXT, shorten_
+from packlight.techniques.audio_context import AUDIO_CONTEXT, check_context, shorten_
 from packlight.techniques.prune_vocabulary import PRUNE_VOCABULARY, prune_
 from packlight.techniques.tune_scales import TUNE_SCALES, tune_
 from packlight.vocabulary_rewrite import decode_ids, remap_ids
@@ -89,6 +89,9 @@ def check(plan: Plan, model: Model, calibration: str | None = None) -> dict[str,
     for path, assignment in found.items():
         if assignment.technique.name != "float16":
             matrix(layers[path])  # raises for kinds of layers that can't be compressed
+    context = _config_of(plan, AUDIO_CONTEXT)
+    if context is not None:
+        check_context(model, context)
     _check_calibration(plan, found, calibration)
     return found
 

@@ -8,12 +8,12 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from packlight.errors import ModelError
 from packlight.families import Family
@@ -207,35 +207,3 @@ def weights_sha256(files: list[Path]) -> str:
 def revision_of(folder: Path) -> str | None:
     """The hub's commit when the folder is a snapshot of the hub's cache."""
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
-
-
-# A compressed model on disk: its edits and its tensors. The original gives the rest. ---------------------------------
-
-
-def save_edits(model: Model, folder: Path) -> None:
-    """Keep what compression changed: edits.json, and every tensor that the original does not give."""
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.module.state_dict().items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            tensors[name] = tensor.contiguous()
-            seen.add(tensor.data_ptr())
-    save_file(tensors, folder / "tensors.safetensors")
-    (folder / "edits.json").write_text(json.dumps([asdict(e) for e in model.edits]))
-
-
-def load_edits_(model: Model, folder: Path) -> Model:
-    """Replay what `save_edits` kept on a fresh original. Raises ModelError when it does not fit."""
-    from safetensors.torch import load_file
-
-    for values in json.loads((folder / "edits.json").read_text()):
-        model.edit_(Edit(**values))
-    own = model.module.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for name, tensor in load_file(folder / "tensors.safetensors").items():
-            if name not in own or own[name].shape != tensor.shape:
-                raise ModelError(f"{folder} holds {name}, which the model does not have in that shape.")
-            own[name].copy_(tensor)
-    return model

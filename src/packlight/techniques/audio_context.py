@@ -43,13 +43,19 @@ def step(config: AudioContextConfig, tower: str, reason: str) -> Step:
     return Step(NAME, values, (f"{tower}.*",), reason)
 
 
-def shorten_(model: Model, config: AudioContextConfig) -> None:
-    """Let a model's encoder see little of the padding, in place. Raises PlanError for a family that pads nothing."""
+def check_context(model: Model, config: AudioContextConfig) -> None:
+    """Raises PlanError for a family that pads nothing, or a context as long as the window."""
     if model.family.shorten is None:
         raise PlanError(f"The family {model.family.name} pads no samples, so audio_context has nothing to shorten.")
     window = model.module.config.max_source_positions
     if config.near + config.middle + config.far >= window:
         raise PlanError(f"audio_context keeps all {window} positions; lower near, middle or far.")
+
+
+def shorten_(model: Model, config: AudioContextConfig) -> None:
+    """Let a model's encoder see little of the padding, in place. Raises PlanError where it can't."""
+    check_context(model, config)
+    assert model.family.shorten is not None
     model.family.shorten(model.module, AudioContext(config.near, config.middle, config.far))
 
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from data_files import audio, jsonl, refusal
-from packlight.data import TEMPLATES, prompted, read_dataset, split
+from packlight.data import prompted, read_dataset, split
+from packlight.texts import TEMPLATES
 
 
 def image(path: Path, seed: int) -> Path:

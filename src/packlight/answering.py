@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from packlight.data import TEMPLATES
 from packlight.errors import DataError
 from packlight.images import SUFFIXES, read_image
 from packlight.listing import files_below
 from packlight.serve import Served
 from packlight.serving.dual_encoder import Encoder
+from packlight.texts import checked_templates
 
 Found = tuple[dict[str, Any] | None, str]  # (a row for JSON or None, a line for people or what is wrong)
 
@@ -118,11 +118,7 @@ def _search(served: Served, question: Question) -> Iterator[Found]:
 
 def _classify(served: Served, question: Question) -> Iterator[Found]:
     assert served.encoder is not None
-    templates = question.templates or TEMPLATES
-    wrong = [t for t in templates if t.count("{}") != 1]
-    if wrong:
-        raise DataError(f"The template {wrong[0]!r} must have {{}} once, where the label goes.")
-    classes = served.encoder.embed_classes(question.labels, templates)
+    classes = served.encoder.embed_classes(question.labels, checked_templates(question.templates))
     return _sorted(question, served.encoder, question.labels, classes)
 
 

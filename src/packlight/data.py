@@ -29,6 +29,7 @@ from packlight.listing import (
     read_text,
     some,
 )
+from packlight.texts import checked_templates
 
 CALIBRATION_LIMIT = 128  # more samples no longer change a Gram matrix by much
 
@@ -43,7 +44,6 @@ _LAYOUTS = (
     "a folder with audio files and metadata.jsonl, a .jsonl manifest, a datasets folder, or a folder of audio files "
     "(pictures alike)"
 )
-TEMPLATES = ("a photo of a {}.",)  # what a label is asked with, where nobody says otherwise
 
 
 @dataclass(frozen=True)
@@ -383,14 +383,12 @@ def prompted(dataset: Dataset, templates: Sequence[str] = ()) -> Dataset:
     Raises:
         DataError: a template without {}, or templates for samples without labels.
     """
-    wrong = [t for t in templates if t.count("{}") != 1]
-    if wrong:
-        raise DataError(f"The template {wrong[0]!r} must have {{}} once, where the label goes.")
+    asked = checked_templates(templates)
     if not all(s.label is not None for s in dataset.samples):
         if templates:
             raise DataError(f"{dataset.source}: templates need labels, and not every sample has a 'label'.")
         return dataset
     if not templates and dataset.has_text:
         return dataset
-    prompts = {s.label: tuple(t.replace("{}", s.label or "") for t in templates or TEMPLATES) for s in dataset.samples}
+    prompts = {s.label: tuple(t.replace("{}", s.label or "") for t in asked) for s in dataset.samples}
     return replace(dataset, samples=tuple(replace(s, text=None, texts=prompts[s.label]) for s in dataset.samples))

@@ -11,10 +11,10 @@ import numpy as np
 
 from packlight.bundle import Bundle, write_bundle
 from packlight.codec import read_weights, write_weights
-from packlight.data import TEMPLATES
 from packlight.errors import BundleError, DataError
 from packlight.runtimes.onnx import external_names
 from packlight.serve import PROTOTYPES, WEIGHTS, Served
+from packlight.texts import checked_templates
 
 
 def freeze(served: Served, labels: Sequence[str], out: Path, templates: Sequence[str] = ()) -> Bundle:
@@ -34,10 +34,7 @@ def freeze(served: Served, labels: Sequence[str], out: Path, templates: Sequence
         raise BundleError(f"{served.bundle.path} has no text tower to take class vectors from. Name another bundle.")
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise DataError(f"Classes are frozen for two or more different labels; got {', '.join(labels) or 'none'}.")
-    templates = tuple(templates) or TEMPLATES
-    wrong = [t for t in templates if t.count("{}") != 1]
-    if wrong:
-        raise DataError(f"The template {wrong[0]!r} must have {{}} once, where the label goes.")
+    templates = checked_templates(templates)
     source = served.bundle
     graph = (source.path / source.manifest["graphs"]["image"]).read_bytes()
     weights = dict(read_weights(source.path / WEIGHTS, external_names(graph)))

@@ -1,11 +1,13 @@
 """Texts as a text tower takes them: token ids of a length that it can hold. No torch."""
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from packlight.errors import BundleError
+from packlight.errors import BundleError, DataError
+
+TEMPLATES = ("a photo of a {}.",)  # what a label is asked with, where nobody says otherwise
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -69,3 +71,11 @@ def tokenizer_of(text: str, settings: TextSettings) -> Callable[[str], list[int]
         return found + [settings.pad] * (settings.pad_to - len(found))
 
     return ids
+
+
+def checked_templates(templates: Sequence[str] = ()) -> tuple[str, ...]:
+    """What labels are asked with, `TEMPLATES` where none are named. Raises DataError for one without {}."""
+    wrong = [t for t in templates if t.count("{}") != 1]
+    if wrong:
+        raise DataError(f"The template {wrong[0]!r} must have {{}} once, where the label goes.")
+    return tuple(templates) or TEMPLATES

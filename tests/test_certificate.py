@@ -86,3 +86,5 @@ def test_verdict_has_the_line_only_when_a_rate_was_asked_for(result: dict[str, A
     assert "5.05 bits per weight, 1.25 above the theoretical limit (3 of 4 layers" in text
     finest = certify(with_gaps(LAYERS[2:], PLAN))
     assert "theoretical limit" not in verdict_text({**result, "certificate": finest}, Path("out"))
+    mostly = {**result["certificate"], "rated": 1, "layers": 3}
+    assert "theoretical limit" not in verdict_text({**result, "certificate": mostly}, Path("out"))

@@ -123,8 +123,8 @@ def _steps(result: dict[str, Any]) -> list[str]:
 
 
 def _limit_line(found: dict[str, Any] | None) -> list[str]:
-    """How far above the theoretical limit the file is; nothing when its plan asks for no rate but the finest grid."""
-    if found is None or not found["rated"]:
+    """How far above the theoretical limit the file is; nothing where most layers take the finest grid, not a rate."""
+    if found is None or 2 * found["rated"] < found["layers"]:
         return []
     side = "above" if found["gap"] >= 0 else "below"
     return [

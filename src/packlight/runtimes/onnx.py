@@ -124,19 +124,19 @@ def external_names(graph: bytes) -> list[str]:
     GraphProto.initializer (5), TensorProto.name (8) and .data_location (14, 1 = external).
     """
     names = []
-    for field, value in _fields(memoryview(graph)):
+    for field, value in fields(memoryview(graph)):
         if field != 7 or not isinstance(value, memoryview):
             continue
-        for inner, tensor in _fields(value):
+        for inner, tensor in fields(value):
             if inner != 5 or not isinstance(tensor, memoryview):
                 continue
-            parts = dict(_fields(tensor))
+            parts = dict(fields(tensor))
             if parts.get(14) == 1:
                 names.append(bytes(parts[8]).decode())
     return names
 
 
-def _fields(data: memoryview) -> Iterable[tuple[int, memoryview | int]]:
+def fields(data: memoryview) -> Iterable[tuple[int, memoryview | int]]:
     """(number, value) of a protobuf message's fields: bytes for lengths, integers for varints. Raises BundleError."""
     at = 0
 

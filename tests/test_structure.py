@@ -47,10 +47,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "measure",
         "verdict",
         "result",
+        "web_*",
     ),
     ("applying", "inspecting", "benching", "answering", "freezing"),
+    ("web",),
     ("fitting",),
-    ("sweeping",),
+    ("sweeping", "cli_web"),
     ("cli", "__init__"),
 )
 LIGHT = ("packlight", "packlight.cli", "packlight.serve", "packlight.bundle", "packlight.codec", "packlight.plan")

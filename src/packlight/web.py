@@ -6,6 +6,7 @@ bundle, and decodes and runs it with onnxruntime-web. docs/howto/web.md tells ho
 
 import gzip
 import json
+import shlex
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,16 +22,18 @@ from packlight.bundle import folder_bytes
 from packlight.codec import read_weights, write_weights
 from packlight.errors import BundleError, DataError
 from packlight.images import read_image
+from packlight.listing import FILE_KEYS, json_rows
 from packlight.plan import write_json
 from packlight.runtimes.onnx import external_names
 from packlight.serve import TOKENIZER, WEIGHTS, Served
+from packlight.target import format_bytes
 from packlight.web_runtime import LICENCE, SCRIPT, WASM, runtime_files
 from packlight.web_text import check_tokenizer, relocated
 
 VERSION = 1
 SITE = "site.json"
 _SIDE = 512  # pixels of a picture's longer side in the page
-_EXAMPLES = 8
+_EXAMPLES, _CAPTION = 8, 200  # that a page has room for; characters of a caption
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[str, int, int], None]
@@ -89,7 +92,9 @@ def write_site(
     """
     page = page or Page()
     if served.encoder is None or served.encoder.text is None:
-        raise BundleError(f"{served.bundle.path} has no text tower, so a page can't search with it. Name another bundle.")
+        raise BundleError(
+            f"{served.bundle.path} has no text tower, so a page can't search with it. Name another bundle."
+        )
     if len(page.examples) > _EXAMPLES:
         raise DataError(f"The page has room for {_EXAMPLES} examples; {len(page.examples)} are named.")
     tokenizer = gzip.decompress((served.bundle.path / TOKENIZER).read_bytes())
@@ -112,6 +117,16 @@ def write_site(
         shutil.rmtree(draft, ignore_errors=True)
     whole = folder_bytes(out)
     return Written(out, len(shown), whole, whole - folder_bytes(out / "pictures"), tuple(wrong))
+
+
+def site_text(made: Written) -> str:
+    """What was written, and how to look at it, in three lines."""
+    without = format_bytes(made.bytes_without_pictures)
+    return (
+        f"{made.path}   {made.pictures} pictures, {format_bytes(made.bytes)}; without the pictures {without}\n"
+        f"Look at it: python3 -m http.server 8000 --directory {shlex.quote(str(made.path))}\n"
+        "and open http://localhost:8000/"
+    )
 
 
 def _check_place(out: Path, images: Path, bundle: Path) -> None:
@@ -165,6 +180,7 @@ def _show(
     assert served.encoder is not None
     (draft / "pictures").mkdir()
     base = images if images.is_dir() else images.parent
+    captions = _captions(base / "metadata.jsonl")
     shown: list[dict[str, Any]] = []
     vectors: list[Array] = []
     wrong: list[str] = []
@@ -179,13 +195,28 @@ def _show(
         small.thumbnail((_SIDE, _SIDE))
         place = f"pictures/{len(shown):06d}.webp"
         small.save(draft / place, quality=82, method=4)
-        name = file.relative_to(base).with_suffix("").as_posix()
+        name = captions.get(file) or file.relative_to(base).with_suffix("").as_posix()
         legible = name.encode("utf-8", "replace").decode("utf-8")  # names of files need not be UTF-8
         shown.append({"file": place, "name": legible, "width": small.width, "height": small.height})
         progress("pictures", number, len(named))
     if not shown:
         raise DataError(f"No picture in {images} can be read, so there is nothing to show. First: {wrong[0]}")
     return shown, np.stack(vectors).astype(np.float32), wrong
+
+
+def _captions(listing: Path) -> dict[Path, str]:
+    """What metadata.jsonl says of pictures: its first text, or its label. Lines that say nothing are passed over."""
+    found: dict[Path, str] = {}
+    for _, row in json_rows(listing) if listing.is_file() else ():
+        if not isinstance(row, dict):
+            continue
+        file = next((row[k] for k in FILE_KEYS if isinstance(row.get(k), str)), "")
+        texts = row.get("texts")
+        first = texts[0] if isinstance(texts, list) and texts else None
+        said = next((t for t in (row.get("text"), first, row.get("label")) if isinstance(t, str) and t.strip()), "")
+        if file and said:
+            found[listing.parent / file] = said.strip()[:_CAPTION]
+    return found
 
 
 def packed_vectors(vectors: Array) -> bytes:

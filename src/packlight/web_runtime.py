@@ -57,7 +57,8 @@ def runtime_files(folder: Path | None = None) -> tuple[bytes, bytes]:
         _keep(cached, archive)
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as packed:
         script, wasm = (packed.extractfile(f"package/dist/{name}") for name in (SCRIPT, WASM))
-        assert script is not None and wasm is not None  # the archive is the one that was pinned
+        assert script is not None  # the archive is the one that was pinned
+        assert wasm is not None
         return script.read(), wasm.read()
 
 
@@ -86,11 +87,10 @@ def _is_ours(archive: bytes) -> bool:
 
 
 def _download() -> bytes:
-    registry = os.environ.get("npm_config_registry") or os.environ.get("NPM_CONFIG_REGISTRY") or _REGISTRY
+    named = (os.environ.get(name) for name in ("npm_config_registry", "NPM_CONFIG_REGISTRY"))
+    registry = next(filter(None, named), _REGISTRY)
     address = f"{registry.rstrip('/')}/onnxruntime-web/-/{_ARCHIVE}"
-    advice = (
-        f"Fetch it elsewhere with `npm pack onnxruntime-web@{VERSION}`, unpack it and name the folder with --runtime DIR."
-    )
+    advice = f"Fetch it elsewhere with `npm pack onnxruntime-web@{VERSION}`, unpack it and name the folder with --runtime DIR."
     if not address.startswith(("https://", "http://")):
         raise RuntimeMissing(f"The npm registry {registry} is no web address. {advice}")
     try:

@@ -9,16 +9,19 @@ from packlight.errors import BundleError
 from packlight.runtimes.onnx import fields
 
 # What web_page/tokenizer.js and web_page/models.js can do, with the same ids.
-_NORMALIZERS = frozenset(
-    "Sequence NFC NFD NFKC NFKD Lowercase StripAccents Strip Prepend Replace Precompiled BertNormalizer".split()
-)
-_PRE_TOKENIZERS = frozenset(
-    "Sequence BertPreTokenizer Whitespace WhitespaceSplit Punctuation Digits Split ByteLevel Metaspace".split()
-)
-_PROCESSORS = frozenset("Sequence ByteLevel BertProcessing RobertaProcessing TemplateProcessing".split())
-_MODELS = frozenset("WordLevel WordPiece BPE Unigram".split())
-# Patterns that mean the same in the library and in a browser: letters, classes, repetition, alternatives.
-_PLAIN = re.compile(r"(?:[A-Za-z0-9 '_<>,.-]|\\[sS|.]|\\p\{[LN]\}|\[\^?|\]|\{\d+(?:,\d*)?\}|[|+*?]|\(\?!)*\)?")
+_NORMALIZERS = (
+    "Sequence", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip", "Prepend", "Replace", "Precompiled",
+    "BertNormalizer",
+)  # fmt: skip
+_PRE_TOKENIZERS = (
+    "Sequence", "BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Punctuation", "Digits", "Split", "ByteLevel",
+    "Metaspace",
+)  # fmt: skip
+_PROCESSORS = ("Sequence", "ByteLevel", "BertProcessing", "RobertaProcessing", "TemplateProcessing")
+_MODELS = ("WordLevel", "WordPiece", "BPE", "Unigram")
+# Patterns that mean the same in the library and in a browser: characters, their classes, repetition, alternatives.
+_CHARACTER = r"(?:[\w '<>,:;!@#%&=\"~`/-]|\\[sS|.]|\\p\{[LN]\})"
+_PLAIN = re.compile(rf"(?:{_CHARACTER}|\[\^?{_CHARACTER}+\]|[|+*?)]|\((?:\?[:!=])?|\{{\d+(?:,\d*)?\}})*", re.ASCII)
 
 
 def check_tokenizer(text: str) -> None:
@@ -88,7 +91,11 @@ def relocated(graph: bytes, places: dict[str, str]) -> bytes:
         if named.get(14) != 1:
             return bytes(data)
         size = {bytes(e[1]): bytes(e[2]) for n, v in parts if n == 13 for e in [dict(fields(_bytes(v)))]}[b"length"]
-        entries = ((b"location", places[bytes(_bytes(named[8])).decode()].encode()), (b"offset", b"0"), (b"length", size))
+        entries = (
+            (b"location", places[bytes(_bytes(named[8])).decode()].encode()),
+            (b"offset", b"0"),
+            (b"length", size),
+        )
         written = [(13, _message([(1, key), (2, value)])) for key, value in entries]
         return _message([*((n, v) for n, v in parts if n != 13), *written])
 
@@ -97,7 +104,9 @@ def relocated(graph: bytes, places: dict[str, str]) -> bytes:
 
     whole = list(fields(memoryview(graph)))
     if _message(whole) != graph:
-        raise BundleError("The text tower's graph can't be rewritten for the page. Get the bundle again from its source.")
+        raise BundleError(
+            "The text tower's graph can't be rewritten for the page. Get the bundle again from its source."
+        )
     try:
         return _message((n, inside(_bytes(v)) if n == 7 else v) for n, v in whole)
     except KeyError as error:

@@ -123,7 +123,7 @@ def site_text(made: Written) -> str:
     """What was written, and how to look at it, in three lines."""
     without = format_bytes(made.bytes_without_pictures)
     return (
-        f"{made.path}   {made.pictures} pictures, {format_bytes(made.bytes)}; without the pictures {without}\n"
+        f"{made.path}   {made.pictures} picture{'s' * (made.pictures != 1)}, {format_bytes(made.bytes)}; without the pictures {without}\n"
         f"Look at it: python3 -m http.server 8000 --directory {shlex.quote(str(made.path))}\n"
         "and open http://localhost:8000/"
     )

@@ -45,6 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "deploy",
         "serve",
         "measure",
+        "profiling",
         "verdict",
         "result",
     ),

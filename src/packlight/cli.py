@@ -330,15 +330,9 @@ def verify(bundle: Folder, as_json: Json = False) -> None:
 
     served = open_served(bundle, 0)
     served.answer(served.example, None, None)
-    files = len(served.bundle.manifest["files"])
-    found = {
-        "bundle": str(bundle),
-        "files": files,
-        "size": served.bundle.size,
-        "load": served.load_seconds,
-        "ok": True,
-    }
-    text = f"{bundle} is whole: {files} files, {format_bytes(served.bundle.size)}; loaded in {format_seconds(served.load_seconds)} and answered."
+    files, size, load = len(served.bundle.manifest["files"]), served.bundle.size, served.load_seconds
+    found = {"bundle": str(bundle), "files": files, "size": size, "load": load, "ok": True}
+    text = f"{bundle} is whole: {files} files, {format_bytes(size)}; loaded in {format_seconds(load)} and answered."
     _say(found, as_json, text)
 
 
@@ -348,17 +342,18 @@ def bench(
     bundle: Folder,
     data: Annotated[Path | None, typer.Option(readable=False, help="Samples to time on; else 10 s of noise.")] = None,
     against: Annotated[str | None, typer.Option(help="A model to time in the same run, sample by sample.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Say where the time goes, and with how many threads.")] = False,
     *,
     asked: Any,
     as_json: bool,
 ) -> None:
-    """Seconds, memory and load time of a bundle, alone or against a model in one interleaved run."""
-    from packlight.benching import bench_bundle, bench_text
+    """Seconds, memory and load time of a bundle, alone or against a model in one interleaved run; or where time goes."""
+    from packlight.benching import bench_or_profile
 
     if against:
         _quiet_libraries()
-    found = bench_bundle(bundle, data, against, asked, progress_bar(as_json))
-    _say(found, as_json, bench_text(found))
+    found, text = bench_or_profile(bundle, data, against, asked, profile, progress_bar(as_json))
+    _say(found, as_json, text)
 
 
 @app.command("eval")

@@ -71,17 +71,29 @@ def open_served(path: Path, threads: int = 0, *, check: bool = True) -> Served:
     bundle = open_bundle(path)
     if check:
         verify(bundle)
-    manifest = bundle.manifest
+    served = serve_parts(bundle, open_parts(bundle, threads))
+    return replace(served, load_seconds=time.perf_counter() - start)
+
+
+def open_parts(bundle: Bundle, threads: int, trace: Path | None = None) -> dict[str, Opened]:
+    """The graphs of a bundle, loaded; with a folder for `trace`, each writes what it does there.
+
+    Raises:
+        BundleError: a bundle for a task or runtime that is not known here, or a graph that does not load.
+    """
+    path, manifest = bundle.path, bundle.manifest
     if manifest["task"] not in _TASKS:
         raise BundleError(f"{path} is for the task {manifest['task']!r}, which this packlight does not serve yet.")
     if manifest["runtime"] != "onnxruntime":
         raise BundleError(f"{path} is for the runtime {manifest['runtime']!r}, which this packlight does not know.")
-    kind, serve = _TASKS[manifest["task"]]
-    settings = kind.from_dict(manifest["serving"])
     files = {name: path / file for name, file in manifest["graphs"].items()}
-    parts = open_graphs(files, lambda names: read_weights(path / WEIGHTS, names), threads)
-    served = serve(bundle, parts, settings)
-    return replace(served, load_seconds=time.perf_counter() - start)
+    return open_graphs(files, lambda names: read_weights(path / WEIGHTS, names), threads, trace)
+
+
+def serve_parts(bundle: Bundle, parts: dict[str, Opened]) -> Served:
+    """A bundle that answers with these graphs. Raises BundleError where they are not those of its task."""
+    kind, serve = _TASKS[bundle.manifest["task"]]
+    return serve(bundle, parts, kind.from_dict(bundle.manifest["serving"]))
 
 
 def _speech(bundle: Bundle, parts: dict[str, Opened], settings: Settings) -> Served:

@@ -46,6 +46,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "serve",
         "measure",
         "profiling",
+        "reloading",
+        "unpacking",
         "verdict",
         "result",
     ),

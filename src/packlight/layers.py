@@ -101,6 +101,11 @@ def _(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: flo
 # Layers -------------------------------------------------------------------------------------------------------------
 
 
+def is_compressed(layer: nn.Module) -> bool:
+    """Whether a layer holds codes."""
+    return isinstance(layer, CodeLinear | CodeEmbedding | GroupLinear | GroupEmbedding)
+
+
 def dense(layer: Any) -> Tensor:
     """The float32 weight of a compressed layer, in the shape of the original's. Models read its shape or dtype."""
     if isinstance(layer, GroupLinear | GroupEmbedding):
@@ -275,6 +280,9 @@ def _group_buffers(layer: nn.Module, columns: int, rows: int, bits: int, group: 
 
 
 # Surgery ------------------------------------------------------------------------------------------------------------
+
+
+KINDS = ("codes", "groups")
 
 
 @dataclass(frozen=True)

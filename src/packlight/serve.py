@@ -116,7 +116,7 @@ def _dual(bundle: Bundle, parts: dict[str, Opened], settings: dual_encoder.Setti
         raise BundleError(f"{bundle.path} has other graphs than the two towers. Get it again from its source.")
     try:
         assert settings.text is not None
-        ids = tokenizer_of(_tokenizer(bundle.path / TOKENIZER), settings.text)
+        ids = tokenizer_of(read_tokenizer(bundle.path / TOKENIZER), settings.text)
     except ValueError as error:
         raise BundleError(f"{bundle.path / TOKENIZER} holds no readable tokenizer ({error}).") from None
     encoder = Encoder(parts["image"].run, settings, parts["text"].run, ids)
@@ -179,7 +179,8 @@ def _check_parts(path: Path, parts: dict[str, Opened], settings: Settings) -> No
             )
 
 
-def _tokenizer(file: Path) -> str:
+def read_tokenizer(file: Path) -> str:
+    """The text of a bundle's tokenizer. Raises BundleError."""
     try:
         with gzip.open(file, "rb") as opened:
             return opened.read(_MAX_TOKENIZER).decode("utf-8")
@@ -190,7 +191,7 @@ def _tokenizer(file: Path) -> str:
 def _decoder(file: Path) -> Callable[[Any], str]:
     from tokenizers import Tokenizer
 
-    text = _tokenizer(file)
+    text = read_tokenizer(file)
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower class

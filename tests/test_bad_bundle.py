@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from packlight import cli
+from packlight import terminal
 from packlight.bundle import open_bundle, verify
 
 pytest.importorskip("torch")
@@ -186,12 +186,12 @@ def test_silence_and_an_hour_of_audio_are_answered(good: Things, say: Callable[.
     ],
 )
 def test_troubles_of_the_machine_are_sentences(raised: Exception, words: str) -> None:
-    assert words in cli._sentence(raised)
+    assert words in terminal.sentence(raised)
 
 
 def test_errors_of_our_own_making_keep_their_traceback() -> None:
-    assert cli._sentence(KeyError("x")) == ""
-    assert cli._sentence(ModuleNotFoundError("no", name="packlight.nowhere")) == ""
+    assert terminal.sentence(KeyError("x")) == ""
+    assert terminal.sentence(ModuleNotFoundError("no", name="packlight.nowhere")) == ""
 
 
 def test_the_bundle_of_these_tests_is_whole(good: Things) -> None:

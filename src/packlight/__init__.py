@@ -8,8 +8,8 @@ __all__ = ["Options", "Plan", "Step", "SweepOptions", "Target", "apply", "fit", 
 if TYPE_CHECKING:
     from packlight.applying import Options, apply
     from packlight.fitting import fit
-    from packlight.loading import load
     from packlight.plan import Plan, Step
+    from packlight.reloading import load
     from packlight.serve import open_served
     from packlight.sweeping import SweepOptions, sweep
     from packlight.target import Target
@@ -21,7 +21,7 @@ _HOMES = {
     "Step": "packlight.plan",
     "Target": "packlight.target",
     "fit": "packlight.fitting",
-    "load": "packlight.loading",
+    "load": "packlight.reloading",
     "open_served": "packlight.serve",
     "SweepOptions": "packlight.sweeping",
     "sweep": "packlight.sweeping",

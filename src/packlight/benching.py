@@ -13,10 +13,12 @@ from packlight.data import prompted, read_dataset
 from packlight.errors import DataError
 from packlight.evaluate import TIMED, Asked, spread, threads_or_all, time_pair
 from packlight.measure import machine, measure
+from packlight.profiling import profile, profile_text
 from packlight.scoring import SCORES
 from packlight.serve import Served, open_served
 from packlight.target import format_bytes, format_seconds
 
+PROFILED = 5  # samples whose answers are profiled
 Progress = Callable[[str, int, int], None]
 Reply = Callable[[Any], tuple[list[Any], str | None]]
 
@@ -73,6 +75,25 @@ def bench_bundle(
                 served.open_input,
             )
     return found | {"threads": threads, "machine": machine(), "language": language, "task": task}
+
+
+def bench_or_profile(
+    bundle: Path, data: Path | None, against: str | None, asked: Asked, inside: bool, progress: Progress | None = None
+) -> tuple[dict[str, Any], str]:
+    """What `packlight bench` finds, and the same for people: `bench_bundle`, or with `inside` where the time goes."""
+    if not inside:
+        found = bench_bundle(bundle, data, against, asked, progress)
+        return found, bench_text(found)
+    if against:
+        raise DataError("--profile looks at the bundle alone. Leave --against out.")
+    served = open_served(bundle, threads_or_all(asked.threads))
+    with tempfile.TemporaryDirectory() as folder:
+        made_up = _noise if served.encoder is None else _picture
+        dataset = prompted(read_dataset(data or made_up(Path(folder))), asked.templates)
+        contents = [served.open_input(s.path, s.texts) for s in spread(dataset, PROFILED)]
+    del served
+    found = profile(bundle, contents, asked, progress)
+    return found, profile_text(found)
 
 
 def _noise(folder: Path) -> Path:

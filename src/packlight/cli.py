@@ -1,9 +1,7 @@
 """The command line: parse, call, print. Everything it does can be done from Python with the same names."""
 
-import errno
 import inspect as signatures
 import json
-import re
 import shlex
 import signal
 import sys
@@ -16,9 +14,9 @@ import typer
 
 from packlight import __version__
 from packlight.cli_web import web
-from packlight.errors import DataError, PacklightError, TargetError
+from packlight.errors import DataError, TargetError
 from packlight.target import Target, format_bytes, format_seconds, parse_bytes, parse_drop, parse_seconds
-from packlight.terminal import progress_bar
+from packlight.terminal import goes_on, progress_bar, sentence
 
 app = typer.Typer(
     add_completion=False,
@@ -46,16 +44,6 @@ Templates = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Accept Python code that the model brings.")]
 
-_FITTING = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "huggingface_hub")
-_ADVICE = {
-    errno.ENOSPC: "Make room, or choose another disk.",
-    errno.EDQUOT: "Make room, or choose another disk.",
-    errno.EFBIG: "Files of that size are not allowed here: raise the limit, or choose another disk.",
-    errno.EACCES: "Check its permissions, or name another.",
-    errno.EPERM: "Check its permissions, or name another.",
-    errno.EROFS: "Nothing can be written there: choose another folder.",
-}
-
 
 class _Stopped(BaseException):
     """Ctrl-C. Not KeyboardInterrupt, which typer would answer by itself, without a word."""
@@ -71,44 +59,19 @@ def main() -> None:
     try:
         app()
     except _Stopped:
-        typer.echo(f"\npacklight: stopped.{_goes_on()}", err=True)
+        typer.echo(f"\npacklight: stopped.{goes_on()}", err=True)
         sys.exit(130)
     except Exception as error:
-        sentence = _sentence(error)
-        if not sentence:
+        said = sentence(error)
+        if not said:
             raise
-        typer.echo(f"packlight: {sentence}", err=True)
+        typer.echo(f"packlight: {said}", err=True)
         sys.exit(2)
 
 
 def _stop(number: int, frame: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough: what ends now ends in order
     raise _Stopped
-
-
-def _goes_on() -> str:
-    return (
-        " What is finished is kept: the same command goes on from here."
-        if sys.argv[1:2] in (["fit"], ["apply"])
-        else ""
-    )
-
-
-def _sentence(error: Exception) -> str:
-    """What to tell the user about an error, or '' when only a traceback helps."""
-    if isinstance(error, PacklightError):
-        return str(error)
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _FITTING:
-        return f"this needs {error.name}: pip install 'packlight[fit]'"
-    # safetensors writes with Rust, whose message has the number of the system's error in it.
-    rust = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    number = int(rust[1]) if rust else error.errno if isinstance(error, OSError) else None
-    if number is None:
-        return ""
-    import os
-
-    where = getattr(error, "filename", None) or "a file of the results"
-    return f"{where}: {os.strerror(number)}. {_ADVICE.get(number, 'Check the path.')}{_goes_on()}"
 
 
 def _asking(command: Callable[..., None]) -> Callable[..., None]:
@@ -326,21 +289,30 @@ def freeze(
 
 
 @app.command()
+def unpack(
+    bundle: Folder,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the model.")],
+    as_json: Json = False,
+) -> None:
+    """Write a bundle's model as a folder of transformers with float weights, where its config can say what it is."""
+    _quiet_libraries()
+    from packlight.unpacking import unpack as run
+    from packlight.unpacking import unpacked_text
+
+    found = run(bundle, out)
+    _say({"model": str(out), "size": found.bytes, "differs": list(found.differs)}, as_json, unpacked_text(found))
+
+
+@app.command()
 def verify(bundle: Folder, as_json: Json = False) -> None:
     """Check a bundle: every file's sha256, and that its graphs load and answer."""
     from packlight.serve import open_served
 
     served = open_served(bundle, 0)
     served.answer(served.example, None, None)
-    files = len(served.bundle.manifest["files"])
-    found = {
-        "bundle": str(bundle),
-        "files": files,
-        "size": served.bundle.size,
-        "load": served.load_seconds,
-        "ok": True,
-    }
-    text = f"{bundle} is whole: {files} files, {format_bytes(served.bundle.size)}; loaded in {format_seconds(served.load_seconds)} and answered."
+    files, size, load = len(served.bundle.manifest["files"]), served.bundle.size, served.load_seconds
+    found = {"bundle": str(bundle), "files": files, "size": size, "load": load, "ok": True}
+    text = f"{bundle} is whole: {files} files, {format_bytes(size)}; loaded in {format_seconds(load)} and answered."
     _say(found, as_json, text)
 
 
@@ -350,17 +322,20 @@ def bench(
     bundle: Folder,
     data: Annotated[Path | None, typer.Option(readable=False, help="Samples to time on; else 10 s of noise.")] = None,
     against: Annotated[str | None, typer.Option(help="A model to time in the same run, sample by sample.")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where the time goes, and with how many threads.")
+    ] = False,
     *,
     asked: Any,
     as_json: bool,
 ) -> None:
-    """Seconds, memory and load time of a bundle, alone or against a model in one interleaved run."""
-    from packlight.benching import bench_bundle, bench_text
+    """Seconds, memory and load time of a bundle, alone or against a model in one interleaved run; or where time goes."""
+    from packlight.benching import bench_or_profile
 
     if against:
         _quiet_libraries()
-    found = bench_bundle(bundle, data, against, asked, progress_bar(as_json))
-    _say(found, as_json, bench_text(found))
+    found, text = bench_or_profile(bundle, data, against, asked, profile, progress_bar(as_json))
+    _say(found, as_json, text)
 
 
 @app.command("eval")

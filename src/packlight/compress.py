@@ -22,6 +22,7 @@ from packlight.layers import Edit
 from packlight.model import Model
 from packlight.plan import Plan, StepRecord, write_json
 from packlight.quant import bound, distortion
+from packlight.reconvolving import check_reconvolving, needing_samples, reconvolve_
 from packlight.tables import TECHNIQUES
 from packlight.techniques import Compressed, Technique
 from packlight.techniques.audio_context import AUDIO_CONTEXT, check_context, shorten_
@@ -92,6 +93,7 @@ def check(plan: Plan, model: Model, calibration: str | None = None) -> dict[str,
     context = _config_of(plan, AUDIO_CONTEXT)
     if context is not None:
         check_context(model, context)
+    check_reconvolving(plan, model)
     _check_calibration(plan, found, calibration)
     return found
 
@@ -118,6 +120,7 @@ def _check_calibration(plan: Plan, found: dict[str, Assignment], calibration: st
     needing = sorted(
         {a.technique.name for a in found.values() if a.needs_gram}
         | {s.technique for s in plan.steps if s.technique == TUNE_SCALES.name}
+        | needing_samples(plan)
     )
     if needing and calibration is None:
         raise PlanError(f"The plan uses {', '.join(needing)}, which needs calibration samples. Name them with --data.")
@@ -157,6 +160,7 @@ def compress_(
     batches = _prune(model, plan, batches)
     tuning = _config_of(plan, TUNE_SCALES)
     teacher = copy.deepcopy(model.module) if tuning is not None else None
+    found = reconvolve_(model, plan, batches, work, found)
     total = sum(1 for _ in wave_names(model))
     records: list[StepRecord] = []
     torch.manual_seed(plan.seed)

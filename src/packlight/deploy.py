@@ -16,6 +16,7 @@ from packlight.families import Batch, Graph
 from packlight.layers import CodeLinear
 from packlight.model import Model
 from packlight.plan import Plan, StepRecord
+from packlight.reloading import keep
 from packlight.runtimes.onnx_export import export
 from packlight.serve import TOKENIZER, WEIGHTS, Served
 
@@ -47,6 +48,8 @@ def deploy(
         graphs[graph.name], arrays = export(graph, model.module)
         weights.update(arrays)
         users.update((name, f"{users[name]}+{graph.name}" if name in users else graph.name) for name in arrays)
+    described, more = keep(model, weights)
+    weights.update(more)
     source = model.source
     manifest = {
         "packlight": packlight.__version__,
@@ -59,6 +62,7 @@ def deploy(
         "plan": plan.to_dict(),
         "records": [asdict(r) for r in records],
         "made_with": versions(),
+        **described,
     }
 
     def fill(folder: Path) -> None:

@@ -41,7 +41,7 @@ def freeze(served: Served, labels: Sequence[str], out: Path, templates: Sequence
     codes, scale = rounded(served.encoder.embed_classes(labels, templates))
     weights.update({f"{PROTOTYPES}/codes": codes, f"{PROTOTYPES}/scale": scale})
     serving = {k: source.manifest["serving"][k] for k in ("image", "scale", "language", "task")}
-    manifest = {k: v for k, v in source.manifest.items() if k not in ("version", "files", "records")}
+    manifest = {k: v for k, v in source.manifest.items() if k not in ("version", "files", "records", "reload", "model")}
     manifest.update(
         task="image-classes",
         graphs={"image": "image.onnx"},

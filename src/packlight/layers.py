@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from packlight.convolutions import CONVOLUTIONS
 from packlight.errors import PlanError
 from packlight.packing import unpack_groups
 from packlight.windows import matrix, unmatrix, windows2d_of, windows_of
@@ -99,6 +100,11 @@ def _(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: flo
 
 
 # Layers -------------------------------------------------------------------------------------------------------------
+
+
+def is_compressed(layer: nn.Module) -> bool:
+    """Whether a layer holds codes."""
+    return isinstance(layer, CodeLinear | CodeEmbedding | GroupLinear | GroupEmbedding)
 
 
 def dense(layer: Any) -> Tensor:
@@ -277,13 +283,16 @@ def _group_buffers(layer: nn.Module, columns: int, rows: int, bits: int, group: 
 # Surgery ------------------------------------------------------------------------------------------------------------
 
 
+KINDS = ("codes", "groups", *CONVOLUTIONS)
+
+
 @dataclass(frozen=True)
 class Edit:
     """One structural change.
 
     Args:
         path: of the layer that is replaced.
-        kind: 'codes' or 'groups'.
+        kind: 'codes' or 'groups'; or one of `packlight.convolutions`, which says what its args are.
         args: 'activations' and 'columns' for codes; 'bits' and 'group' for groups; 'tied' names the path of a layer that was
             replaced before and whose buffers are shared.
     """
@@ -320,6 +329,8 @@ def build(layer: nn.Module, edit: Edit) -> nn.Module:
 
 def replace_(root: nn.Module, edit: Edit) -> nn.Module:
     """Carry out an edit on a model; the bias moves over, codes and scales are left to be filled. Returns the layer."""
+    if edit.kind in CONVOLUTIONS:
+        return CONVOLUTIONS[edit.kind](root, edit.path, edit.args)
     old = root.get_submodule(edit.path)
     new = build(old, edit)
     bias = getattr(old, "bias", None)

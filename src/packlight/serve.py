@@ -71,17 +71,29 @@ def open_served(path: Path, threads: int = 0, *, check: bool = True) -> Served:
     bundle = open_bundle(path)
     if check:
         verify(bundle)
-    manifest = bundle.manifest
+    served = serve_parts(bundle, open_parts(bundle, threads))
+    return replace(served, load_seconds=time.perf_counter() - start)
+
+
+def open_parts(bundle: Bundle, threads: int, trace: Path | None = None) -> dict[str, Opened]:
+    """The graphs of a bundle, loaded; with a folder for `trace`, each writes what it does there.
+
+    Raises:
+        BundleError: a bundle for a task or runtime that is not known here, or a graph that does not load.
+    """
+    path, manifest = bundle.path, bundle.manifest
     if manifest["task"] not in _TASKS:
         raise BundleError(f"{path} is for the task {manifest['task']!r}, which this packlight does not serve yet.")
     if manifest["runtime"] != "onnxruntime":
         raise BundleError(f"{path} is for the runtime {manifest['runtime']!r}, which this packlight does not know.")
-    kind, serve = _TASKS[manifest["task"]]
-    settings = kind.from_dict(manifest["serving"])
     files = {name: path / file for name, file in manifest["graphs"].items()}
-    parts = open_graphs(files, lambda names: read_weights(path / WEIGHTS, names), threads)
-    served = serve(bundle, parts, settings)
-    return replace(served, load_seconds=time.perf_counter() - start)
+    return open_graphs(files, lambda names: read_weights(path / WEIGHTS, names), threads, trace)
+
+
+def serve_parts(bundle: Bundle, parts: dict[str, Opened]) -> Served:
+    """A bundle that answers with these graphs. Raises BundleError where they are not those of its task."""
+    kind, serve = _TASKS[bundle.manifest["task"]]
+    return serve(bundle, parts, kind.from_dict(bundle.manifest["serving"]))
 
 
 def _speech(bundle: Bundle, parts: dict[str, Opened], settings: Settings) -> Served:
@@ -104,7 +116,7 @@ def _dual(bundle: Bundle, parts: dict[str, Opened], settings: dual_encoder.Setti
         raise BundleError(f"{bundle.path} has other graphs than the two towers. Get it again from its source.")
     try:
         assert settings.text is not None
-        ids = tokenizer_of(_tokenizer(bundle.path / TOKENIZER), settings.text)
+        ids = tokenizer_of(read_tokenizer(bundle.path / TOKENIZER), settings.text)
     except ValueError as error:
         raise BundleError(f"{bundle.path / TOKENIZER} holds no readable tokenizer ({error}).") from None
     encoder = Encoder(parts["image"].run, settings, parts["text"].run, ids)
@@ -167,7 +179,8 @@ def _check_parts(path: Path, parts: dict[str, Opened], settings: Settings) -> No
             )
 
 
-def _tokenizer(file: Path) -> str:
+def read_tokenizer(file: Path) -> str:
+    """The text of a bundle's tokenizer. Raises BundleError."""
     try:
         with gzip.open(file, "rb") as opened:
             return opened.read(_MAX_TOKENIZER).decode("utf-8")
@@ -178,7 +191,7 @@ def _tokenizer(file: Path) -> str:
 def _decoder(file: Path) -> Callable[[Any], str]:
     from tokenizers import Tokenizer
 
-    text = _tokenizer(file)
+    text = read_tokenizer(file)
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower class

@@ -7,6 +7,7 @@ from packlight.techniques.codes import ERROR_FEEDBACK, ROUND_TO_NEAREST
 from packlight.techniques.float16 import FLOAT16
 from packlight.techniques.groups import GROUP_WEIGHTS
 from packlight.techniques.prune_vocabulary import PRUNE_VOCABULARY
+from packlight.techniques.separable import GROUPED_CONVOLUTION, SEPARABLE_CONVOLUTION
 from packlight.techniques.tune_scales import TUNE_SCALES
 
 FAMILIES: tuple[Family, ...] = (whisper.FAMILY, dual_encoder.FAMILY)
@@ -16,6 +17,8 @@ TECHNIQUES: dict[str, Technique] = {
     for t in (
         AUDIO_CONTEXT,
         PRUNE_VOCABULARY,
+        SEPARABLE_CONVOLUTION,
+        GROUPED_CONVOLUTION,
         ROUND_TO_NEAREST,
         ERROR_FEEDBACK,
         GROUP_WEIGHTS,

@@ -1,5 +1,8 @@
-"""Progress on a terminal."""
+"""What a terminal is told: progress, and errors in one sentence."""
 
+import errno
+import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -7,7 +10,18 @@ from typing import Any
 
 import typer
 
+from packlight.errors import PacklightError
 from packlight.target import format_seconds
+
+_FITTING = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "huggingface_hub")
+_ADVICE = {
+    errno.ENOSPC: "Make room, or choose another disk.",
+    errno.EDQUOT: "Make room, or choose another disk.",
+    errno.EFBIG: "Files of that size are not allowed here: raise the limit, or choose another disk.",
+    errno.EACCES: "Check its permissions, or name another.",
+    errno.EPERM: "Check its permissions, or name another.",
+    errno.EROFS: "Nothing can be written there: choose another folder.",
+}
 
 
 def progress_bar(quiet: bool) -> Callable[[str, int, int], None]:
@@ -31,3 +45,27 @@ def progress_bar(quiet: bool) -> Callable[[str, int, int], None]:
         state["tenth"] = tenth
 
     return show
+
+
+def goes_on() -> str:
+    """What to add when a command that keeps what is finished stops."""
+    return (
+        " What is finished is kept: the same command goes on from here."
+        if sys.argv[1:2] in (["fit"], ["apply"])
+        else ""
+    )
+
+
+def sentence(error: Exception) -> str:
+    """What to tell the user about an error, or '' when only a traceback helps."""
+    if isinstance(error, PacklightError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _FITTING:
+        return f"this needs {error.name}: pip install 'packlight[fit]'"
+    # safetensors writes with Rust, whose message has the number of the system's error in it.
+    rust = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    number = int(rust[1]) if rust else error.errno if isinstance(error, OSError) else None
+    if number is None:
+        return ""
+    where = getattr(error, "filename", None) or "a file of the results"
+    return f"{where}: {os.strerror(number)}. {_ADVICE.get(number, 'Check the path.')}{goes_on()}"

@@ -115,6 +115,9 @@ class Family:
         bind: (family, module, settings) -> the family with the towers, parts and graphs that this module has; None
             where all have the same.
         inputs: (module, batch) -> the batch with what the exported graphs take of it, where that differs.
+        equip: (module, folder, plain settings, tokenizer) -> settings as `read` gives them, and the module told of them: for
+            a module that was not read but built; the folder holds config, tokenizer and `processing`.
+        processing: module -> JSON files that say how inputs are made, by name, where the original brings none.
         shorten: (module, how much padding to keep) lets the first tower see little of it, in place; None where a
             sample is never padded.
     """
@@ -146,6 +149,8 @@ class Family:
     bind: "Callable[[Family, nn.Module, dict[str, Any]], Family] | None" = None
     inputs: Callable[[nn.Module, Batch], Batch] = lambda module, batch: batch
     shorten: Callable[[nn.Module, AudioContext], None] | None = None
+    equip: Callable[[nn.Module, Path, dict[str, Any], str], dict[str, Any]] = lambda module, folder, kept, tokenizer: kept
+    processing: Callable[[nn.Module], dict[str, dict[str, Any]]] = lambda module: {}
 
     def part_of(self, path: str) -> Part | None:
         """The part that a layer belongs to, or None."""

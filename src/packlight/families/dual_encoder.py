@@ -58,6 +58,11 @@ def read(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any
     return module, read_processing(folder, module, tokenizer), tokenizer
 
 
+def equip(module: nn.Module, folder: Path, settings: dict[str, Any], tokenizer: str) -> dict[str, Any]:
+    """Processor and tokenizer for a module that was built, from the files that the folder holds."""
+    return read_processing(folder, module, tokenizer)
+
+
 def open_pair(path: Path, texts: Sequence[str]) -> Pair:
     """A picture or recording with its texts. Raises DataError."""
     return Pair(read_image(path), tuple(texts))
@@ -282,4 +287,5 @@ FAMILY = Family(
         "The interval resamples pictures, each with all its texts; the set that they are searched in stays the same.",
     ),
     bind=bind,
+    equip=equip,
 )

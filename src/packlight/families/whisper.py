@@ -125,6 +125,20 @@ def _set_generation(module: nn.Module, settings: dict[str, Any]) -> None:
     )
 
 
+def equip(module: nn.Module, folder: Path, settings: dict[str, Any], tokenizer: str) -> dict[str, Any]:
+    """Give a module that was built the generation settings of the one that was read."""
+    _set_generation(module, settings)
+    return settings
+
+
+def processing(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """The files of transformers that say how Whisper's inputs are made."""
+    from transformers import WhisperFeatureExtractor
+
+    made = WhisperFeatureExtractor(feature_size=module.config.num_mel_bins).to_dict()
+    return {"preprocessor_config.json": made, "tokenizer_config.json": {"tokenizer_class": "WhisperTokenizer"}}
+
+
 # Running ------------------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +351,8 @@ FAMILY = Family(
     open_input=lambda path, texts: read_audio(path),
     inputs=inputs,
     shorten=shorten_,
+    equip=equip,
+    processing=processing,
 )
 
 

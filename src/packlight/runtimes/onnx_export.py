@@ -12,6 +12,7 @@ they are exported (`packlight.layers`), and this file says what each becomes:
 """
 
 import contextlib
+import hashlib
 import io
 import logging
 import warnings
@@ -204,14 +205,20 @@ def _take_weights(model: ir.Model, graph: Graph, root: torch.nn.Module) -> dict[
     for name, tensor in _tensors(root):
         paths.setdefault(tensor.data_ptr(), name)
     own = {name: paths[tensor.data_ptr()] for name, tensor in _tensors(graph.module) if tensor.data_ptr() in paths}
+    turned: dict[bytes, str] = {}  # the exporter turns the matrices of float layers and drops their names
+    for name, tensor in _tensors(root):
+        if tensor.dim() == 2 and tensor.is_floating_point():
+            turned.setdefault(_digest(tensor.detach().T.numpy()), f"{name}.T")
     weights: dict[str, Array] = {}
     for key in list(model.graph.initializers):
         value = model.graph.initializers[key]
         constant = value.const_value
         if constant is None or constant.nbytes < _EXTERNAL:
             continue
-        value.name = own.get(key, f"{graph.name}/{key}")
-        weights[value.name] = np.ascontiguousarray(constant.numpy())
+        array = np.ascontiguousarray(constant.numpy())
+        name = own.get(key) or turned.get(_digest(array), "")
+        value.name = name if name and name not in weights else f"{graph.name}/{key}"
+        weights[value.name] = array
         value.const_value = ir.ExternalTensor(
             location="weights",
             offset=0,
@@ -221,6 +228,10 @@ def _take_weights(model: ir.Model, graph: Graph, root: torch.nn.Module) -> dict[
             name=value.name,
         )
     return weights
+
+
+def _digest(array: Array) -> bytes:
+    return hashlib.sha256(str((array.shape, array.dtype)).encode() + np.ascontiguousarray(array).tobytes()).digest()
 
 
 def _tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:

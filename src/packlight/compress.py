@@ -22,6 +22,7 @@ from packlight.layers import Edit
 from packlight.model import Model
 from packlight.plan import Plan, StepRecord, write_json
 from packlight.quant import bound, distortion
+from packlight.restructuring import check_restructuring, needing_samples, restructure_
 from packlight.tables import TECHNIQUES
 from packlight.techniques import Compressed, Technique
 from packlight.techniques.audio_context import AUDIO_CONTEXT, check_context, shorten_
@@ -92,6 +93,7 @@ def check(plan: Plan, model: Model, calibration: str | None = None) -> dict[str,
     context = _config_of(plan, AUDIO_CONTEXT)
     if context is not None:
         check_context(model, context)
+    check_restructuring(plan, model)
     _check_calibration(plan, found, calibration)
     return found
 
@@ -115,10 +117,7 @@ def _technique(name: str, config: dict[str, Any], number: int) -> tuple[Techniqu
 
 
 def _check_calibration(plan: Plan, found: dict[str, Assignment], calibration: str | None) -> None:
-    needing = sorted(
-        {a.technique.name for a in found.values() if a.needs_gram}
-        | {s.technique for s in plan.steps if s.technique == TUNE_SCALES.name}
-    )
+    needing = sorted({a.technique.name for a in found.values() if a.needs_gram} | needing_samples(plan))
     if needing and calibration is None:
         raise PlanError(f"The plan uses {', '.join(needing)}, which needs calibration samples. Name them with --data.")
     wanted = plan.calibration.get("sha256")
@@ -157,6 +156,8 @@ def compress_(
     batches = _prune(model, plan, batches)
     tuning = _config_of(plan, TUNE_SCALES)
     teacher = copy.deepcopy(model.module) if tuning is not None else None
+    restructure_(model, plan, batches, work)
+    found = {path: found[model.origin(path)] for path in model.layers() if model.origin(path) in found}
     total = sum(1 for _ in wave_names(model))
     records: list[StepRecord] = []
     torch.manual_seed(plan.seed)
@@ -250,7 +251,7 @@ def _layer(
     if weight is None:
         layer = model.module.get_submodule(path)
         weight = layer.weight.detach().reshape(layer.weight.shape[0], -1)
-    part = model.family.part_of(path)
+    part = model.family.part_of(model.origin(path))
     name = part.name if part else "other"
     if path in tied:
         return None, {}, StepRecord(path, name, assignment.technique.name, 0, 0.0, 0.0)

@@ -42,7 +42,7 @@ def fresh(folder: Path, heads: int = 4) -> Model:
         draw = torch.Generator().manual_seed(2)
         for name, p in made.named_parameters():
             if p.dim() == 2 and "layers" in name:
-                p.normal_(std=0.15, generator=draw)
+                p.normal_(std=0.5 if "encoder_attn" in name else 0.15, generator=draw)
             elif name.endswith("bias"):
                 p.normal_(std=0.3, generator=draw)
     made.generation_config = model.module.generation_config

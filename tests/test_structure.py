@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "retrieval",
     ),
     ("quant", "vocabulary", "vocabulary_*", "families", "families.*", "packing", "windows"),
-    ("layers",),
+    ("layers", "training", "distilling"),
     ("listing", "observe", "model"),
     ("data",),
     ("techniques", "techniques.*", "runtimes", "runtimes.*", "serving", "serving.*"),

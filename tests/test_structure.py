@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("quant", "vocabulary", "vocabulary_*", "families", "families.*", "packing", "windows"),
     ("layers", "training", "distilling"),
-    ("listing", "observe", "model"),
+    ("listing", "observe", "lessons", "model"),
     ("data",),
     ("techniques", "techniques.*", "runtimes", "runtimes.*", "serving", "serving.*"),
     ("tables",),

@@ -22,6 +22,7 @@ from packlight.errors import DataError, ModelError
 from packlight.families import Batch, Family, Part, Tower
 from packlight.families.ctranslate2 import config_values, is_ctranslate2, read_variables, state_dict
 from packlight.families.pretrained import from_transformers, tokenizer_json
+from packlight.families.whisper_augment import vary
 from packlight.families.whisper_graphs import context_of, graphs, hear
 
 _LANGUAGE = re.compile(r"^<\|([a-z]{2,3})\|>$")
@@ -210,7 +211,7 @@ def prepare(
 
     Returns:
         'input_features' [1, mel, 3000], 'spoken' []: positions of the encoder that hold audio, 'decoder_input_ids'
-        [1, t], 'first' []: position whose logits predict the first word.
+        [1, t], 'first' []: position whose logits predict the first word, 'audio' [n]: what was heard of it.
     """
     room = module.config.max_target_positions - len(opening)
     ids = [*opening, *list(words)[:room]]
@@ -219,7 +220,32 @@ def prepare(
         "spoken": torch.tensor(spoken_positions(len(audio), module.config.max_source_positions)),
         "decoder_input_ids": torch.tensor([ids]),
         "first": torch.tensor(len(opening) - 1),
+        "audio": torch.from_numpy(audio[: 30 * RATE]),
     }
+
+
+def words_of(module: nn.Module, batch: Batch, settings: dict[str, Any]) -> Tensor:
+    """The transcript of a batch and the end of the text: what `run`'s logits should predict."""
+    ids = batch["decoder_input_ids"][0]
+    whole = len(ids) < module.config.max_target_positions  # else the transcript may have been cut
+    end = torch.tensor([settings["eos_token_id"] if whole else -100], device=ids.device)
+    return torch.cat([ids[int(batch["first"]) + 1 :], end])
+
+
+def augment(module: nn.Module, batches: Sequence[Batch], which: int, seed: int, settings: dict[str, Any]) -> Batch:
+    """A variant of a recording, or of it and the next, with the module's own words for it."""
+    batch, other = batches[which], batches[(which + seed) % len(batches)]
+    device = next(module.parameters()).device
+    audio = vary(batch["audio"].numpy(), other["audio"].numpy(), 1_000_003 * seed + which)
+    opening = batch["decoder_input_ids"][0, : int(batch["first"]) + 1].tolist()
+    tables = (settings["lang_to_id"], settings["task_to_id"])
+    asked = [next((name for name, i in table.items() if i in opening), None) for table in tables]
+    module.to("cpu")  # where features are made
+    try:
+        words = answer(module, audio, settings, asked[0], asked[1] or "transcribe")
+        return prepare(module, audio, words, opening, settings)
+    finally:
+        module.to(device)
 
 
 def encode(module: nn.Module, batch: Batch) -> Batch:
@@ -240,7 +266,8 @@ def inputs(module: nn.Module, batch: Batch) -> Batch:
     if context is None:
         return batch
     window = module.config.max_source_positions
-    positions, sizes = (torch.from_numpy(a) for a in places(int(batch["spoken"]), window, context))
+    device = batch["input_features"].device
+    positions, sizes = (torch.from_numpy(a).to(device) for a in places(int(batch["spoken"]), window, context))
     features = batch["input_features"][..., : 2 * len(positions)]
     return {**batch, "input_features": features, "positions": positions, "sizes": sizes}
 
@@ -337,6 +364,8 @@ FAMILY = Family(
     open_input=lambda path, texts: read_audio(path),
     inputs=inputs,
     shorten=shorten_,
+    words=words_of,
+    augment=augment,
 )
 
 

@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("quant", "vocabulary", "vocabulary_*", "families", "families.*", "packing", "windows"),
     ("layers", "training", "distilling"),
     ("listing", "observe", "lessons", "model"),
-    ("data",),
+    ("data", "inheriting"),
     ("techniques", "techniques.*", "runtimes", "runtimes.*", "serving", "serving.*"),
     ("tables",),
     (
@@ -48,7 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "verdict",
         "result",
     ),
-    ("applying", "inspecting", "benching", "answering", "freezing"),
+    ("applying", "inspecting", "benching", "answering", "freezing", "teaching"),
     ("fitting",),
     ("sweeping",),
     ("cli", "__init__"),

@@ -44,7 +44,7 @@ Templates = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Accept Python code that the model brings.")]
 
-_FITTING = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "huggingface_hub")
+_FITTING = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "huggingface_hub", "accelerate")
 _ADVICE = {
     errno.ENOSPC: "Make room, or choose another disk.",
     errno.EDQUOT: "Make room, or choose another disk.",
@@ -85,11 +85,8 @@ def _stop(number: int, frame: Any) -> None:
 
 
 def _goes_on() -> str:
-    return (
-        " What is finished is kept: the same command goes on from here."
-        if sys.argv[1:2] in (["fit"], ["apply"])
-        else ""
-    )
+    kept = " What is finished is kept: the same command goes on from here."
+    return kept if sys.argv[1:2] in (["fit"], ["apply"], ["distill"]) else ""
 
 
 def _sentence(error: Exception) -> str:
@@ -142,9 +139,7 @@ def _version(show: bool) -> None:
 
 
 @app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
-) -> None:
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
     pass
 
 
@@ -272,6 +267,25 @@ def apply(
 
 
 @app.command()
+@_asking
+def distill(
+    model: str,
+    student: Annotated[Path, typer.Option(readable=False, help="JSON: which blocks, units and heads stay.")],
+    calibration: Annotated[Path, typer.Option(readable=False, help="Samples to teach with; no transcripts needed.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the student, as transformers writes it.")],
+    *,
+    asked: Any,
+    as_json: bool,
+) -> None:
+    """Make a smaller model: cut a student out of a model and let the model teach it."""
+    _quiet_libraries()
+    from packlight import teaching
+
+    found = teaching.distill(model, student, _options(asked, calibration, 0), out, progress_bar(as_json))
+    _say(found, as_json, teaching.distill_text(found, out))
+
+
+@app.command()
 def run(
     bundle: Folder,
     inputs: Annotated[
@@ -331,13 +345,7 @@ def verify(bundle: Folder, as_json: Json = False) -> None:
     served = open_served(bundle, 0)
     served.answer(served.example, None, None)
     files = len(served.bundle.manifest["files"])
-    found = {
-        "bundle": str(bundle),
-        "files": files,
-        "size": served.bundle.size,
-        "load": served.load_seconds,
-        "ok": True,
-    }
+    found = {"bundle": str(bundle), "files": files, "size": served.bundle.size, "load": served.load_seconds, "ok": True}
     text = f"{bundle} is whole: {files} files, {format_bytes(served.bundle.size)}; loaded in {format_seconds(served.load_seconds)} and answered."
     _say(found, as_json, text)
 
@@ -363,13 +371,7 @@ def bench(
 
 @app.command("eval")
 @_asking
-def evaluate(
-    model_or_bundle: str,
-    data: Data,
-    *,
-    asked: Any,
-    as_json: bool,
-) -> None:
+def evaluate(model_or_bundle: str, data: Data, *, asked: Any, as_json: bool) -> None:
     """The task's metric of a model or a bundle on your samples, with a 95 % interval."""
     from packlight.bundle import is_bundle
 

@@ -78,13 +78,18 @@ def check_out(out: Path) -> None:
 
 
 def calibration_batches(
-    model: Model, calibration: Dataset, options: Options, work: Path, progress: Progress | None
+    model: Model,
+    calibration: Dataset,
+    options: Options,
+    work: Path,
+    progress: Progress | None,
+    limit: int = OBSERVED + JUDGED,
 ) -> list[Batch]:
-    """Teacher-forced batches of calibration samples with the original's own words."""
+    """Teacher-forced batches of calibration samples, `limit` at most, with the original's own words."""
     family = model.family
     if family.group > 1:
-        return _grouped(model, calibration)
-    picked = replace(calibration, samples=spread(calibration, OBSERVED + JUDGED))
+        return _grouped(model, calibration, limit)
+    picked = replace(calibration, samples=spread(calibration, limit))
 
     def answer(audio: Any) -> list[int]:
         heard = audio[: round(family.window * RATE)]  # a batch holds no more, so no words beyond it either
@@ -102,10 +107,10 @@ def calibration_batches(
     return batches
 
 
-def _grouped(model: Model, calibration: Dataset) -> list[Batch]:
+def _grouped(model: Model, calibration: Dataset, limit: int) -> list[Batch]:
     """Batches of several samples, which are compared with each other; at least five where there are samples for it."""
     family = model.family
-    samples = spread(calibration, (OBSERVED + JUDGED) * family.group)
+    samples = spread(calibration, limit * family.group)
     size = max(2, min(family.group, len(samples) // 5))
     batches: list[Batch] = []
     for start in range(0, len(samples), size):

@@ -107,9 +107,7 @@ def _version(show: bool) -> None:
 
 
 @app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
-) -> None:
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
     pass
 
 
@@ -237,6 +235,25 @@ def apply(
 
 
 @app.command()
+@_asking
+def distill(
+    model: str,
+    student: Annotated[Path, typer.Option(readable=False, help="JSON: which blocks, units and heads stay.")],
+    calibration: Annotated[Path, typer.Option(readable=False, help="Samples to teach with; no transcripts needed.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the student, as transformers writes it.")],
+    *,
+    asked: Any,
+    as_json: bool,
+) -> None:
+    """Make a smaller model: cut a student out of a model and let the model teach it."""
+    _quiet_libraries()
+    from packlight import teaching
+
+    found = teaching.distill(model, student, _options(asked, calibration, 0), out, progress_bar(as_json))
+    _say(found, as_json, teaching.distill_text(found, out))
+
+
+@app.command()
 def run(
     bundle: Folder,
     inputs: Annotated[
@@ -340,13 +357,7 @@ def bench(
 
 @app.command("eval")
 @_asking
-def evaluate(
-    model_or_bundle: str,
-    data: Data,
-    *,
-    asked: Any,
-    as_json: bool,
-) -> None:
+def evaluate(model_or_bundle: str, data: Data, *, asked: Any, as_json: bool) -> None:
     """The task's metric of a model or a bundle on your samples, with a 95 % interval."""
     from packlight.bundle import is_bundle
 

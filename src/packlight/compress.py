@@ -20,13 +20,14 @@ from packlight.errors import PlanError
 from packlight.families import Batch
 from packlight.layers import Edit
 from packlight.model import Model
-from packlight.plan import Plan, StepRecord, write_json
+from packlight.plan import Plan, Step, StepRecord, write_json
 from packlight.quant import bound, distortion
 from packlight.reconvolving import check_reconvolving, reconvolve_
 from packlight.restructuring import check_restructuring, needing_samples, restructure_
 from packlight.tables import TECHNIQUES
 from packlight.techniques import Compressed, Technique
 from packlight.techniques.audio_context import AUDIO_CONTEXT, check_context, shorten_
+from packlight.techniques.distill import DISTILL, check_distill, distill_
 from packlight.techniques.prune_vocabulary import PRUNE_VOCABULARY, prune_
 from packlight.techniques.tune_scales import TUNE_SCALES, tune_
 from packlight.vocabulary_rewrite import decode_ids, remap_ids
@@ -96,6 +97,9 @@ def check(plan: Plan, model: Model, calibration: str | None = None) -> dict[str,
         check_context(model, context)
     check_reconvolving(plan, model)
     check_restructuring(plan, model)
+    distilling = _step_of(plan, DISTILL)
+    if distilling is not None:
+        check_distill(model, DISTILL.config(**distilling.config), distilling.scope)
     _check_calibration(plan, found, calibration)
     return found
 
@@ -152,15 +156,19 @@ def compress_(
     """
     found = check(plan, model, plan.calibration.get("sha256") or ("given" if batches else None))
     work.mkdir(parents=True, exist_ok=True)
+    batches = _prune(model, plan, batches)
+    original = copy.deepcopy(model.module) if _step_of(plan, DISTILL) is not None else None
     context = _config_of(plan, AUDIO_CONTEXT)
     if context is not None:
         shorten_(model, context)
-    batches = _prune(model, plan, batches)
-    tuning = _config_of(plan, TUNE_SCALES)
-    teacher = copy.deepcopy(model.module) if tuning is not None else None
     reconvolve_(model, plan, batches, work)
     restructure_(model, plan, batches, work)
     found = _moved(model, found)
+    if original is not None:
+        _distill(model, plan, original, batches, work / "distilling", progress)
+        del original
+    tuning = _config_of(plan, TUNE_SCALES)
+    teacher = copy.deepcopy(model.module) if tuning is not None else None
     total = sum(1 for _ in wave_names(model))
     records: list[StepRecord] = []
     torch.manual_seed(plan.seed)
@@ -196,7 +204,22 @@ def _moved(model: Model, found: dict[str, Assignment]) -> dict[str, Assignment]:
 
 def _config_of(plan: Plan, technique: Technique) -> Any:
     """The settings of the plan's step of a technique of whole models, or None."""
-    return next((technique.config(**s.config) for s in plan.steps if s.technique == technique.name), None)
+    step = _step_of(plan, technique)
+    return None if step is None else technique.config(**step.config)
+
+
+def _step_of(plan: Plan, technique: Technique) -> Step | None:
+    return next((s for s in plan.steps if s.technique == technique.name), None)
+
+
+def _distill(
+    model: Model, plan: Plan, teacher: nn.Module, batches: Sequence[Batch], work: Path, progress: Progress | None
+) -> None:
+    """Let the original teach what earlier steps left of it."""
+    step = _step_of(plan, DISTILL)
+    assert step is not None
+    how = (DISTILL.config(**step.config), step.scope, plan.seed)
+    distill_(model, teacher, batches, how, work, progress, plan.key)
 
 
 def _prune(model: Model, plan: Plan, batches: Sequence[Batch]) -> Sequence[Batch]:

@@ -4,6 +4,7 @@ from packlight.families import Family, dual_encoder, whisper
 from packlight.techniques import Technique
 from packlight.techniques.audio_context import AUDIO_CONTEXT
 from packlight.techniques.codes import ERROR_FEEDBACK, ROUND_TO_NEAREST
+from packlight.techniques.distill import DISTILL
 from packlight.techniques.float16 import FLOAT16
 from packlight.techniques.groups import GROUP_WEIGHTS
 from packlight.techniques.low_rank import LOW_RANK
@@ -23,6 +24,7 @@ TECHNIQUES: dict[str, Technique] = {
         GROUPED_CONVOLUTION,
         PRUNE_STRUCTURE,
         LOW_RANK,
+        DISTILL,
         ROUND_TO_NEAREST,
         ERROR_FEEDBACK,
         GROUP_WEIGHTS,

@@ -13,7 +13,7 @@ import typer
 from packlight.errors import PacklightError
 from packlight.target import format_seconds
 
-_FITTING = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "huggingface_hub")
+_FITTING = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "huggingface_hub", "accelerate")
 _ADVICE = {
     errno.ENOSPC: "Make room, or choose another disk.",
     errno.EDQUOT: "Make room, or choose another disk.",
@@ -51,7 +51,7 @@ def goes_on() -> str:
     """What to add when a command that keeps what is finished stops."""
     return (
         " What is finished is kept: the same command goes on from here."
-        if sys.argv[1:2] in (["fit"], ["apply"])
+        if sys.argv[1:2] in (["fit"], ["apply"], ["distill"])
         else ""
     )
 

@@ -155,6 +155,12 @@ class Family:
         processing: module -> JSON files that say how inputs are made, by name, where the original brings none.
         shorten: (module, how much padding to keep) lets the first tower see little of it, in place; None where a
             sample is never padded.
+        words: (module, batch, settings) -> ids [rows] that the logits should predict, -100 where that is unknown; None
+            for a family without words.
+        sides: (module, batch) -> (vectors [n, d] of the first and of the second tower, scale of their cosines); None for
+            a family that compares nothing.
+        augment: (module, batches, which, seed, settings) -> another batch out of that one, with the module's own words
+            for it; None where that can't be done.
     """
 
     name: str
@@ -188,6 +194,9 @@ class Family:
         kept
     )
     processing: Callable[[nn.Module], dict[str, dict[str, Any]]] = lambda module: {}
+    words: Callable[[nn.Module, Batch, dict[str, Any]], Tensor] | None = None
+    sides: Callable[[nn.Module, Batch], tuple[Tensor, Tensor, Tensor]] | None = None
+    augment: Callable[[nn.Module, Sequence[Batch], int, int, dict[str, Any]], Batch] | None = None
 
     def part_of(self, path: str) -> Part | None:
         """The part that a layer belongs to, or None."""

@@ -149,6 +149,14 @@ def run(module: nn.Module, batch: Batch) -> Tensor:
     return torch.cat([logits, logits.T])
 
 
+def sides(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors of the pictures and of the texts of a batch, and the scale of their cosines. Raises DataError."""
+    if "input_ids" not in batch:
+        raise DataError("Two towers are compared by pictures with texts; some of these pictures have none.")
+    texts = embed_text(module, batch["input_ids"], batch.get("attention_mask"))
+    return embed_content(module, batch["pixel_values"]), texts, scale_of(module)
+
+
 # Exporting ----------------------------------------------------------------------------------------------------------
 
 
@@ -319,4 +327,5 @@ FAMILY = Family(
     ),
     bind=bind,
     equip=equip,
+    sides=sides,
 )

@@ -5,11 +5,8 @@ its head. Cross keys and values depend on the audio only, so the exported encode
 decoder takes them in.
 """
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,126 +15,11 @@ from torch import Tensor, nn
 
 from packlight.audio import RATE, read_audio
 from packlight.context import AudioContext, places, spoken_positions
-from packlight.errors import DataError, ModelError
+from packlight.errors import DataError
 from packlight.families import Batch, Family, Part, Tower, attention_at
-from packlight.families.ctranslate2 import config_values, is_ctranslate2, read_variables, state_dict
-from packlight.families.pretrained import from_transformers, tokenizer_json
+from packlight.families.whisper_augment import vary
 from packlight.families.whisper_graphs import context_of, graphs, hear
-
-_LANGUAGE = re.compile(r"^<\|([a-z]{2,3})\|>$")
-
-
-# Reading ------------------------------------------------------------------------------------------------------------
-
-
-def read(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any], str]:
-    """Read a Whisper folder of transformers or of CTranslate2.
-
-    Returns:
-        (WhisperForConditionalGeneration in float32, generation settings, text of tokenizer.json).
-
-    Raises:
-        ModelError: damaged weights, or no tokenizer.
-    """
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
-
-    if is_ctranslate2(folder):
-        variables = read_variables(folder / "model.bin")
-        values, settings = config_values(variables, folder)
-        module = WhisperForConditionalGeneration(WhisperConfig(**values))
-        missing, unexpected = module.load_state_dict(state_dict(variables), strict=False)
-        if missing or unexpected:
-            raise ModelError(f"{folder / 'model.bin'} is no Whisper model we know: {(missing + unexpected)[:3]}.")
-        module.tie_weights()
-    else:
-        module = from_transformers(WhisperForConditionalGeneration, folder)
-        settings = _settings(folder, config, module)
-    tokenizer = tokenizer_json(folder)
-    _check_tokenizer(tokenizer, settings, folder)
-    settings.update(_ids_from_tokenizer(tokenizer, settings))
-    _set_generation(module, settings)
-    return module.eval(), settings, tokenizer
-
-
-def _settings(folder: Path, config: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    file = folder / "generation_config.json"
-    try:
-        found = {**config, **(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})}
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{file} is no readable JSON object ({error}). Download the model again.") from None
-    found = {"decoder_start_token_id": module.config.decoder_start_token_id,
-             "eos_token_id": module.config.eos_token_id} | found  # fmt: skip
-    vocabulary = module.config.vocab_size
-    return {
-        "suppress_tokens": list(found.get("suppress_tokens") or []),
-        "begin_suppress_tokens": list(found.get("begin_suppress_tokens") or []),
-        "no_timestamps_token_id": found.get("no_timestamps_token_id", vocabulary - 1502),
-        "is_multilingual": bool(found.get("is_multilingual", vocabulary >= 51865)),
-        "decoder_start_token_id": found["decoder_start_token_id"],
-        "eos_token_id": found["eos_token_id"],
-        "max_initial_timestamp_index": found.get("max_initial_timestamp_index") or 50,
-    }
-
-
-def _check_tokenizer(tokenizer: str, settings: dict[str, Any], folder: Path) -> None:
-    from tokenizers import Tokenizer
-
-    try:
-        size = Tokenizer.from_str(tokenizer).get_vocab_size()
-    except Exception as error:  # noqa: BLE001 - the package raises no narrower class
-        raise ModelError(f"The tokenizer in {folder} can't be read ({error}). Download the model again.") from None
-    if size <= settings["eos_token_id"]:
-        raise ModelError(
-            f"The tokenizer in {folder} knows {size} tokens, the model ends its text with number "
-            f"{settings['eos_token_id']}. Put the model's own tokenizer.json there."
-        )
-
-
-def _ids_from_tokenizer(tokenizer: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Ids of languages and tasks; empty for English-only models, whose tokenizer names languages it never uses."""
-    if not settings["is_multilingual"]:
-        return {"lang_to_id": {}, "task_to_id": {}}
-    added = {token["content"]: token["id"] for token in json.loads(tokenizer)["added_tokens"]}
-    languages = {m[1]: i for t, i in added.items() if (m := _LANGUAGE.match(t)) and i > settings["eos_token_id"]}
-    tasks = {task: added[f"<|{task}|>"] for task in ("transcribe", "translate") if f"<|{task}|>" in added}
-    return {"lang_to_id": languages, "task_to_id": tasks}
-
-
-def _set_generation(module: nn.Module, settings: dict[str, Any]) -> None:
-    """Give the module the generation settings that transformers' `generate` reads."""
-    from transformers import GenerationConfig
-
-    multilingual = settings["is_multilingual"]
-    module.generation_config = GenerationConfig(
-        decoder_start_token_id=settings["decoder_start_token_id"],
-        bos_token_id=settings["eos_token_id"],
-        eos_token_id=settings["eos_token_id"],
-        pad_token_id=settings["eos_token_id"],
-        suppress_tokens=settings["suppress_tokens"] or None,
-        begin_suppress_tokens=settings["begin_suppress_tokens"] or None,
-        no_timestamps_token_id=settings["no_timestamps_token_id"],
-        max_initial_timestamp_index=settings["max_initial_timestamp_index"],
-        max_length=module.config.max_target_positions,
-        is_multilingual=multilingual,
-        return_timestamps=False,
-        **({"lang_to_id": {f"<|{k}|>": v for k, v in settings["lang_to_id"].items()}} if multilingual else {}),
-        **({"task_to_id": settings["task_to_id"]} if multilingual else {}),
-    )
-
-
-def equip(module: nn.Module, folder: Path, settings: dict[str, Any], tokenizer: str) -> dict[str, Any]:
-    """Give a module that was built the generation settings of the one that was read."""
-    _set_generation(module, settings)
-    return settings
-
-
-def processing(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """The files of transformers that say how Whisper's inputs are made."""
-    from transformers import WhisperFeatureExtractor
-
-    made = WhisperFeatureExtractor(feature_size=module.config.num_mel_bins).to_dict()
-    return {"preprocessor_config.json": made, "tokenizer_config.json": {"tokenizer_class": "WhisperTokenizer"}}
-
+from packlight.families.whisper_reading import equip, processing, read
 
 # Running ------------------------------------------------------------------------------------------------------------
 
@@ -224,7 +106,7 @@ def prepare(
 
     Returns:
         'input_features' [1, mel, 3000], 'spoken' []: positions of the encoder that hold audio, 'decoder_input_ids'
-        [1, t], 'first' []: position whose logits predict the first word.
+        [1, t], 'first' []: position whose logits predict the first word, 'audio' [n]: what was heard of it.
     """
     room = module.config.max_target_positions - len(opening)
     ids = [*opening, *list(words)[:room]]
@@ -233,7 +115,32 @@ def prepare(
         "spoken": torch.tensor(spoken_positions(len(audio), module.config.max_source_positions)),
         "decoder_input_ids": torch.tensor([ids]),
         "first": torch.tensor(len(opening) - 1),
+        "audio": torch.from_numpy(audio[: 30 * RATE]),
     }
+
+
+def words_of(module: nn.Module, batch: Batch, settings: dict[str, Any]) -> Tensor:
+    """The transcript of a batch and the end of the text: what `run`'s logits should predict."""
+    ids = batch["decoder_input_ids"][0]
+    whole = len(ids) < module.config.max_target_positions  # else the transcript may have been cut
+    end = torch.tensor([settings["eos_token_id"] if whole else -100], device=ids.device)
+    return torch.cat([ids[int(batch["first"]) + 1 :], end])
+
+
+def augment(module: nn.Module, batches: Sequence[Batch], which: int, seed: int, settings: dict[str, Any]) -> Batch:
+    """A variant of a recording, or of it and the next, with the module's own words for it."""
+    batch, other = batches[which], batches[(which + seed) % len(batches)]
+    device = next(module.parameters()).device
+    audio = vary(batch["audio"].numpy(), other["audio"].numpy(), 1_000_003 * seed + which)
+    opening = batch["decoder_input_ids"][0, : int(batch["first"]) + 1].tolist()
+    tables = (settings["lang_to_id"], settings["task_to_id"])
+    asked = [next((name for name, i in table.items() if i in opening), None) for table in tables]
+    module.to("cpu")  # where features are made
+    try:
+        words = answer(module, audio, settings, asked[0], asked[1] or "transcribe")
+        return prepare(module, audio, words, opening, settings)
+    finally:
+        module.to(device)
 
 
 def encode(module: nn.Module, batch: Batch) -> Batch:
@@ -254,7 +161,8 @@ def inputs(module: nn.Module, batch: Batch) -> Batch:
     if context is None:
         return batch
     window = module.config.max_source_positions
-    positions, sizes = (torch.from_numpy(a) for a in places(int(batch["spoken"]), window, context))
+    device = batch["input_features"].device
+    positions, sizes = (torch.from_numpy(a).to(device) for a in places(int(batch["spoken"]), window, context))
     features = batch["input_features"][..., : 2 * len(positions)]
     return {**batch, "input_features": features, "positions": positions, "sizes": sizes}
 
@@ -372,6 +280,8 @@ FAMILY = Family(
     shorten=shorten_,
     equip=equip,
     processing=processing,
+    words=words_of,
+    augment=augment,
 )
 
 

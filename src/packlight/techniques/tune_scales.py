@@ -12,24 +12,20 @@ Papers: EfficientQAT (Chen et al. 2024, arXiv 2407.11062), its end-to-end phase 
 the loss is that of knowledge distillation (Hinton et al. 2015, arXiv 1503.02531).
 """
 
-import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from packlight.errors import PlanError
 from packlight.families import Batch
 from packlight.layers import CodeLinear
 from packlight.model import Model
-from packlight.plan import write_json
 from packlight.techniques import Stage, Technique
+from packlight.training import Task, Training, every, train
 
 NAME = "tune_scales"
 Progress = Callable[[str, int, int], None]
@@ -56,16 +52,6 @@ class TuneScalesConfig:
             raise PlanError("epochs and tower_epochs must not be below 0.")
         if not 0 < self.rate < 1 or not 0 < self.held < 1:
             raise PlanError("rate and held must lie between 0 and 1.")
-
-
-@dataclass(frozen=True)
-class _Phase:
-    """One of the two trainings: which tensors, on what loss."""
-
-    name: str
-    tensors: dict[str, Tensor]
-    loss: Callable[[int], Tensor]
-    epochs: int
 
 
 def tune_(
@@ -95,8 +81,6 @@ def tune_(
     if len(batches) < 2:
         raise PlanError("tune_scales needs at least two calibration samples, one of which judges. Give it more.")
     work.mkdir(parents=True, exist_ok=True)
-    every = max(2, round(1 / config.held))
-    judged = [i for i in range(len(batches)) if i % every == every - 1] or [len(batches) - 1]
     codes = [m for m in model.module.modules() if isinstance(m, CodeLinear)]
     before = [m.activations for m in codes]
     for m in codes:  # rounding an activation has no gradient
@@ -105,8 +89,8 @@ def tune_(
     try:
         model.module.requires_grad_(False)
         with torch.inference_mode(False):
-            for phase in _phases(model, teacher, batches, config):
-                report.update(_train(phase, judged, len(batches), config, work, progress))
+            for task, epochs in _phases(model, teacher, batches, config):
+                report.update(_train(task, epochs, config, work, progress))
     finally:
         for m, activations in zip(codes, before, strict=True):
             m.activations = activations
@@ -118,6 +102,8 @@ def _phases(model: Model, teacher: nn.Module, batches: Sequence[Batch], config: 
     family, student = model.family, model.module
     root = family.towers[0].blocks.rpartition(".")[0] + "."
     tensors = tunable(student)
+    judged = every(len(batches), config.held)
+    samples = [i for i in range(len(batches)) if i not in judged], judged
     with torch.no_grad():
         taught = [family.encode(teacher, b) for b in batches]
 
@@ -125,7 +111,9 @@ def _phases(model: Model, teacher: nn.Module, batches: Sequence[Batch], config: 
         states, aim = family.encode(student, batches[i])["states"], taught[i]["states"]
         return (states - aim).square().sum() / aim.square().sum()
 
-    yield _Phase("tower", {n: t for n, t in tensors.items() if n.startswith(root)}, tower, config.tower_epochs)
+    first = {n: t for n, t in tensors.items() if n.startswith(root)}
+    title = "tuning scales, {}"
+    yield Task("tower", title.format("tower"), first, lambda i, _: tower(i), tower, *samples), config.tower_epochs
     with torch.no_grad():
         aims = [torch.log_softmax(family.run(teacher, b), -1).half() for b in taught]
         seen = [family.encode(student, b) for b in batches]
@@ -134,7 +122,8 @@ def _phases(model: Model, teacher: nn.Module, batches: Sequence[Batch], config: 
         now, aim = torch.log_softmax(family.run(student, seen[i]), -1), aims[i].float()
         return (aim.exp() * (aim - now)).sum(-1).mean()
 
-    yield _Phase("rest", {n: t for n, t in tensors.items() if not n.startswith(root)}, rest, config.epochs)
+    others = {n: t for n, t in tensors.items() if n not in first}
+    yield Task("rest", title.format("rest"), others, lambda i, _: rest(i), rest, *samples), config.epochs
 
 
 def tunable(module: nn.Module) -> dict[str, Tensor]:
@@ -151,86 +140,19 @@ def tunable(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _train(
-    phase: _Phase, judged: Sequence[int], count: int, config: TuneScalesConfig, work: Path, progress: Progress | None
+    task: Task, epochs: int, config: TuneScalesConfig, work: Path, progress: Progress | None
 ) -> dict[str, float]:
     """Train; the tensors end as they were after the epoch that the held-back samples liked best."""
-    learned = [i for i in range(count) if i not in judged]
-    groups = [{"params": [t], "lr": config.rate * _size(t)} for t in phase.tensors.values()]
-    optimizer = torch.optim.Adam(groups)
-    steps = max(1, phase.epochs * len(learned))
-    log = _resume(phase, optimizer, len(learned), work) or [_judge(phase, judged)]
-    begun = (len(log) - 1) * len(learned)
-    schedule = LambdaLR(optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * min(1, (s + begun) / steps))))
-    if len(log) == 1:
-        _keep(phase, None, log, work, best=True)
-    for tensor in phase.tensors.values():
-        tensor.requires_grad_(True)
-    for epoch in range(len(log) - 1, phase.epochs):
-        order = torch.randperm(len(learned), generator=torch.Generator().manual_seed(epoch)).tolist()
-        for done, place in enumerate(order):
-            with torch.enable_grad():
-                phase.loss(learned[place]).backward()
-            torch.nn.utils.clip_grad_norm_(phase.tensors.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            if progress:
-                progress(f"tuning scales, {phase.name}", epoch * len(learned) + done + 1, steps)
-        log.append(_judge(phase, judged))
-        _keep(phase, optimizer, log, work, best=log[-1] == min(log))
-    for tensor in phase.tensors.values():
-        tensor.requires_grad_(False)
-    best = load_file(work / f"{phase.name}.best.safetensors")
-    for name, tensor in phase.tensors.items():
-        tensor.data.copy_(_storable(best[name]))
-    return {f"{phase.name} before": log[0], f"{phase.name} after": min(log)}
-
-
-def _size(tensor: Tensor) -> float:
-    return float(tensor.detach().square().mean().sqrt().clamp(min=1e-8))
+    curve = train(task, Training(epochs=epochs, rate=config.rate), work, progress)
+    for tensor in task.tensors.values():
+        tensor.data.copy_(_storable(tensor))
+    return {f"{task.name} before": curve.judged[0], f"{task.name} after": curve.best}
 
 
 def _storable(tensor: Tensor) -> Tensor:
     """As float16 can hold it, where it can: half the bytes in the file."""
     half = tensor.half().float()
     return half if bool(torch.isfinite(half).all()) and bool(((half != 0) | (tensor == 0)).all()) else tensor
-
-
-def _judge(phase: _Phase, judged: Sequence[int]) -> float:
-    with torch.no_grad():
-        return float(torch.stack([phase.loss(i) for i in judged]).mean())
-
-
-def _keep(phase: _Phase, optimizer: Any, log: list[float], work: Path, best: bool) -> None:
-    """Write what a later call needs: the tensors, the optimizer's moments, the judged losses; the log last."""
-    values = {n: t.detach().contiguous() for n, t in phase.tensors.items()}
-    if best:
-        save_file(values, work / f"{phase.name}.best.safetensors")
-    if optimizer is not None:
-        for name, tensor in phase.tensors.items():
-            state = optimizer.state[tensor]
-            values |= {f"{name}#{key}": state[key].contiguous() for key in ("exp_avg", "exp_avg_sq") if key in state}
-        save_file(values, work / f"{phase.name}.part")
-        (work / f"{phase.name}.part").replace(work / f"{phase.name}.{len(log) - 1}.safetensors")
-    write_json(work / f"{phase.name}.json", {"losses": log})
-
-
-def _resume(phase: _Phase, optimizer: Any, per_epoch: int, work: Path) -> list[float]:
-    """Take up the last epoch that was kept; an empty list when there is none."""
-    file = work / f"{phase.name}.json"
-    log: list[float] = json.loads(file.read_text())["losses"] if file.is_file() else []
-    if len(log) < 2:
-        return log
-    values = load_file(work / f"{phase.name}.{len(log) - 1}.safetensors")
-    for name, tensor in phase.tensors.items():
-        tensor.data.copy_(values[name])
-        if f"{name}#exp_avg" in values:
-            optimizer.state[tensor] = {
-                "step": torch.tensor(float((len(log) - 1) * per_epoch)),
-                "exp_avg": values[f"{name}#exp_avg"],
-                "exp_avg_sq": values[f"{name}#exp_avg_sq"],
-            }
-    return log
 
 
 TUNE_SCALES = Technique(

@@ -10,6 +10,7 @@ from packlight.techniques.groups import GROUP_WEIGHTS
 from packlight.techniques.low_rank import LOW_RANK
 from packlight.techniques.prune_structure import PRUNE_STRUCTURE
 from packlight.techniques.prune_vocabulary import PRUNE_VOCABULARY
+from packlight.techniques.prune_weights import PRUNE_WEIGHTS
 from packlight.techniques.separable import GROUPED_CONVOLUTION, SEPARABLE_CONVOLUTION
 from packlight.techniques.tune_scales import TUNE_SCALES
 
@@ -28,6 +29,7 @@ TECHNIQUES: dict[str, Technique] = {
         ROUND_TO_NEAREST,
         ERROR_FEEDBACK,
         GROUP_WEIGHTS,
+        PRUNE_WEIGHTS,
         FLOAT16,
         TUNE_SCALES,
     )

@@ -34,10 +34,11 @@ def _sides(model: Model, tower: Tower) -> tuple[list[str], list[str]]:
     return front, [p for p in own[inner[-1] + 1 if inner else 0 :] if p not in front]
 
 
-def waves(model: Model, batches: Sequence[Batch]) -> Iterator[tuple[list[str], Measure]]:
+def waves(model: Model, batches: Sequence[Batch], watch: bool = True) -> Iterator[tuple[list[str], Measure]]:
     """(paths of a wave's layers, function that measures their Gram matrices), each after the waves before it.
 
-    The measurement is a function because a wave that an earlier run finished does not need it.
+    The measurement is a function because a wave that an earlier run finished does not need it. Without `watch` it only
+    runs the layers before the head, for those who watch them themselves, and gives nothing.
     """
     module, family = model.module, model.family
     layers = model.layers()
@@ -45,16 +46,16 @@ def waves(model: Model, batches: Sequence[Batch]) -> Iterator[tuple[list[str], M
     for index, tower in enumerate(family.towers):
         blocks = f"{tower.blocks}."
         front, rear = _sides(model, tower)
-        yield front, partial(_measure_front, model, batches, tower, front)
+        yield front, partial(_measure_front, model, batches, tower, front if watch else [])
         carried: list[Call] = []  # the calls of the next block; empty when they must be found afresh
         for i in range(_blocks(module, tower)):
             paths = [p for p in layers if p.startswith(f"{blocks}{i}.")]
-            yield paths, partial(_measure_block, model, batches, tower, i, carried)
+            yield paths, partial(_measure_block, model, batches, tower, i, carried, watch)
             if carried:
                 following = _run_block(module.get_submodule(f"{blocks}{i}"), carried) if tower.chained else []
                 carried[:] = following
         if rear:
-            yield rear, partial(_measure_rear, model, batches, rear)
+            yield rear, partial(_measure_rear, model, batches, rear if watch else [])
         if index == 0 and batches:
             batches = [family.encode(module, batch) for batch in batches]
     yield [p for p in last if p in layers], partial(_measure_head, model, batches)
@@ -89,12 +90,12 @@ def _measure_rear(model: Model, batches: Sequence[Batch], paths: list[str]) -> d
 
 
 def _measure_block(
-    model: Model, batches: Sequence[Batch], tower: Tower, index: int, carried: list[Call]
+    model: Model, batches: Sequence[Batch], tower: Tower, index: int, carried: list[Call], watch: bool
 ) -> dict[str, Tensor]:
     if not carried:
         carried.extend(_calls_of_block(model, batches, tower, index))
     block = model.module.get_submodule(f"{tower.blocks}.{index}")
-    names = [f"{tower.blocks}.{index}.{name}" for name, _ in block.named_modules() if name]
+    names = [f"{tower.blocks}.{index}.{name}" for name, _ in block.named_modules() if name and watch]
     with grams(_watched(model.module, names)) as sums:
         _run_block(block, carried)
     return sums

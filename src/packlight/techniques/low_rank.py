@@ -83,13 +83,15 @@ def low_rank_(model: Model, config: LowRankConfig, takes: Takes, batches: Sequen
     wanted = [p for p in _factorable(model) if takes(model.origin(p))]
     notes: list[dict[str, Any]] = []
     with torch.no_grad():
-        for paths, measure in waves(model, batches):
+        for paths, measure in waves(model, batches, watch=False):
             own: dict[str, Any] = {p: model.module.get_submodule(p) for p in paths if p in wanted}
             if not own:
                 continue
             with moments(own) as found:
                 measure()
             notes += [_factor_(model, path, layer, config, found.get(path)) for path, layer in own.items()]
+            if len(notes) == len(wanted):  # the waves after it would only be run
+                break
     for note in (n for n in notes if n["skipped"]):
         log.info("%s is left alone: %s", note["path"], note["skipped"])
     return notes

@@ -140,14 +140,17 @@ def prune_structure_(model: Model, config: PruneStructureConfig, batches: Sequen
     changed: list[str] = []
     with torch.no_grad():
         groups = [c for tower in model.family.towers for c in coupled(model.module, tower)]
-        for paths, measure in waves(model, batches if config.watches else []):
-            for c in (c for c in groups if c.columns in paths):
+        left = [c for c in groups if wanted.get((c.kind, model.origin(c.path)), c.count) < c.count]
+        for paths, measure in waves(model, batches if config.watches else [], watch=False):
+            for c in [c for c in left if c.columns in paths]:
                 key = (c.kind, model.origin(c.path))
-                if wanted.get(key, c.count) < c.count:
-                    inputs = observe(model.module, c.columns, measure) if config.watches else None
-                    kept = choose(model.module, c, wanted[key], config, inputs, scores.get(key))
-                    take_(model, c, kept, inputs if config.compensate else None, config.damp)
-                    changed += [*c.rows, c.columns]
+                inputs = observe(model.module, c.columns, measure) if config.watches else None
+                kept = choose(model.module, c, wanted[key], config, inputs, scores.get(key))
+                take_(model, c, kept, inputs if config.compensate else None, config.damp)
+                changed += [*c.rows, c.columns]
+                left.remove(c)
+            if not left:  # the waves after it would only be run
+                break
     update_config_(model.module, model.family.towers)
     return changed
 

@@ -261,12 +261,16 @@ def _forget_traces(model: ir.Model) -> None:
 
 def _is_bias(mask: torch.Tensor) -> bool:
     """Whether a mask is a sum that all samples and heads share, as MultiHeadAttention takes it."""
-    return mask.is_floating_point() and mask.dim() == 4 and tuple(mask.shape[:2]) == (1, 1)
+    return mask.is_floating_point() and _is_shared(mask)
+
+
+def _is_shared(mask: torch.Tensor) -> bool:
+    return mask.dim() == 4 and tuple(mask.shape[:2]) == (1, 1)
 
 
 @contextlib.contextmanager
 def _fused_attention(root: torch.nn.Module) -> Iterator[None]:
-    """Let the attention of a transformers model call our operator where it is not causal."""
+    """Let the attention of a transformers model call our operator where its mask is a sum, or none and not causal."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -276,7 +280,7 @@ def _fused_attention(root: torch.nn.Module) -> Iterator[None]:
     ) -> tuple[Any, None]:
         causal = rest.get("is_causal")
         causal = getattr(module, "is_causal", False) if causal is None else causal
-        if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and tuple(mask.shape[:2]) == (1, 1):
+        if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and _is_shared(mask):
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -1e9)  # the same sum for all layers
         elif causal or not (mask is None or _is_bias(mask)):
             return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **rest)

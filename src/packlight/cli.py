@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from packlight import __version__
+from packlight.cli_web import web
 from packlight.errors import DataError, TargetError
 from packlight.target import Target, format_bytes, format_seconds, parse_bytes, parse_drop, parse_seconds
 from packlight.terminal import goes_on, progress_bar, sentence
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fit a multimodal model to the device it must run on: size, speed, quality, measured in the runtime that ships.",
 )
+app.command()(web)
 
 # readable=False: what can't be read is our sentence, not typer's.
 Folder = Annotated[Path, typer.Argument(readable=False)]

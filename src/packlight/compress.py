@@ -22,7 +22,8 @@ from packlight.layers import Edit
 from packlight.model import Model
 from packlight.plan import Plan, StepRecord, write_json
 from packlight.quant import bound, distortion
-from packlight.reconvolving import check_reconvolving, needing_samples, reconvolve_
+from packlight.reconvolving import check_reconvolving, reconvolve_
+from packlight.restructuring import check_restructuring, needing_samples, restructure_
 from packlight.tables import TECHNIQUES
 from packlight.techniques import Compressed, Technique
 from packlight.techniques.audio_context import AUDIO_CONTEXT, check_context, shorten_
@@ -30,7 +31,7 @@ from packlight.techniques.prune_vocabulary import PRUNE_VOCABULARY, prune_
 from packlight.techniques.tune_scales import TUNE_SCALES, tune_
 from packlight.vocabulary_rewrite import decode_ids, remap_ids
 from packlight.waves import Measure, silent, wave_names, waves
-from packlight.windows import matrix
+from packlight.windows import is_matrix, matrix
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -94,6 +95,7 @@ def check(plan: Plan, model: Model, calibration: str | None = None) -> dict[str,
     if context is not None:
         check_context(model, context)
     check_reconvolving(plan, model)
+    check_restructuring(plan, model)
     _check_calibration(plan, found, calibration)
     return found
 
@@ -117,11 +119,7 @@ def _technique(name: str, config: dict[str, Any], number: int) -> tuple[Techniqu
 
 
 def _check_calibration(plan: Plan, found: dict[str, Assignment], calibration: str | None) -> None:
-    needing = sorted(
-        {a.technique.name for a in found.values() if a.needs_gram}
-        | {s.technique for s in plan.steps if s.technique == TUNE_SCALES.name}
-        | needing_samples(plan)
-    )
+    needing = sorted({a.technique.name for a in found.values() if a.needs_gram} | needing_samples(plan))
     if needing and calibration is None:
         raise PlanError(f"The plan uses {', '.join(needing)}, which needs calibration samples. Name them with --data.")
     wanted = plan.calibration.get("sha256")
@@ -160,7 +158,9 @@ def compress_(
     batches = _prune(model, plan, batches)
     tuning = _config_of(plan, TUNE_SCALES)
     teacher = copy.deepcopy(model.module) if tuning is not None else None
-    found = reconvolve_(model, plan, batches, work, found)
+    reconvolve_(model, plan, batches, work)
+    restructure_(model, plan, batches, work)
+    found = _moved(model, found)
     total = sum(1 for _ in wave_names(model))
     records: list[StepRecord] = []
     torch.manual_seed(plan.seed)
@@ -181,6 +181,17 @@ def compress_(
             tune_(model, teacher, batches, tuning, work / "tuning", progress)
         _round_floats(model, plan)
     return records
+
+
+def _moved(model: Model, found: dict[str, Assignment]) -> dict[str, Assignment]:
+    """The same for the layers that the model has now: a layer's factors get what it would have got, where they are matrices."""
+    origins = {path: model.origin(path) for path in model.layers()}
+    kept = {path: origin for path, origin in origins.items() if origin in found}
+    return {
+        path: found[origin]
+        for path, origin in kept.items()
+        if path == origin or is_matrix(model.module.get_submodule(path))
+    }
 
 
 def _config_of(plan: Plan, technique: Technique) -> Any:
@@ -254,7 +265,7 @@ def _layer(
     if weight is None:
         layer = model.module.get_submodule(path)
         weight = layer.weight.detach().reshape(layer.weight.shape[0], -1)
-    part = model.family.part_of(path)
+    part = model.family.part_of(model.origin(path))
     name = part.name if part else "other"
     if path in tied:
         return None, {}, StepRecord(path, name, assignment.technique.name, 0, 0.0, 0.0)

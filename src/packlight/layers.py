@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from packlight.convolutions import CONVOLUTIONS
 from packlight.errors import PlanError
 from packlight.packing import unpack_groups
+from packlight.structure import SHAPES
 from packlight.windows import matrix, unmatrix, windows2d_of, windows_of
 
 
@@ -283,7 +284,8 @@ def _group_buffers(layer: nn.Module, columns: int, rows: int, bits: int, group: 
 # Surgery ------------------------------------------------------------------------------------------------------------
 
 
-KINDS = ("codes", "groups", *CONVOLUTIONS)
+RESHAPES = {**SHAPES, **CONVOLUTIONS}
+KINDS = ("codes", "groups", *RESHAPES)
 
 
 @dataclass(frozen=True)
@@ -292,7 +294,8 @@ class Edit:
 
     Args:
         path: of the layer that is replaced.
-        kind: 'codes' or 'groups'; or one of `packlight.convolutions`, which says what its args are.
+        kind: 'codes' or 'groups'; or one of `packlight.structure` or `packlight.convolutions`, which say what its
+            args are.
         args: 'activations' and 'columns' for codes; 'bits' and 'group' for groups; 'tied' names the path of a layer that was
             replaced before and whose buffers are shared.
     """
@@ -329,8 +332,8 @@ def build(layer: nn.Module, edit: Edit) -> nn.Module:
 
 def replace_(root: nn.Module, edit: Edit) -> nn.Module:
     """Carry out an edit on a model; the bias moves over, codes and scales are left to be filled. Returns the layer."""
-    if edit.kind in CONVOLUTIONS:
-        return CONVOLUTIONS[edit.kind](root, edit.path, edit.args)
+    if edit.kind in RESHAPES:
+        return RESHAPES[edit.kind](root, edit.path, edit.args)
     old = root.get_submodule(edit.path)
     new = build(old, edit)
     bias = getattr(old, "bias", None)

@@ -18,6 +18,7 @@ from torch import nn
 from packlight.errors import ModelError
 from packlight.families import Family
 from packlight.layers import Edit, replace_
+from packlight.structure import original_path
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
@@ -77,6 +78,10 @@ class Model:
         """Path -> layer, for every linear layer, convolution and embedding, in the order of the module."""
         kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
         return {path: layer for path, layer in self.module.named_modules() if isinstance(layer, kinds)}
+
+    def origin(self, path: str) -> str:
+        """The path that a layer of this model has in the original: as plans and parts name it."""
+        return original_path(path, self.edits)
 
     def decoder(self) -> Callable[[Any], str]:
         """A function from token ids to text, without special tokens."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,70 @@ def grams(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     handles = [watch(path, layer) for path, layer in layers.items()]
     try:
         yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class Moments:
+    """Means and second moments of what enters a layer.
+
+    Sums are about a point near the mean: of inputs that hardly vary, sums about zero would leave nothing but rounding.
+
+    Args:
+        near: [in] float64, that point.
+        total: [in] float64, the sum of x - near.
+        gram: [in, in] float64, the sum of (x - near)(x - near)ᵀ.
+        count: of rows.
+    """
+
+    near: Tensor
+    total: Tensor
+    gram: Tensor
+    count: int = 0
+
+    @property
+    def mean(self) -> Tensor:
+        """[in] float64."""
+        return self.near + self.total / self.count
+
+    def second(self, centred: bool) -> Tensor:
+        """[in, in] float64: the covariance, or the second moments about zero."""
+        off = self.total / self.count
+        covariance = self.gram / self.count - torch.outer(off, off)
+        return covariance if centred else covariance + torch.outer(self.mean, self.mean)
+
+
+@contextmanager
+def moments(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Moments]]:
+    """Watch what enters each layer while the context is open.
+
+    Args:
+        layers: path -> an nn.Linear.
+
+    Yields:
+        path -> `Moments`, filled while the context is open; none of a layer that nothing entered.
+    """
+    found: dict[str, Moments] = {}
+
+    def watch(path: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = matrix_inputs(module, args[0].detach())
+            if path not in found:
+                near = rows.mean(0).double()
+                found[path] = Moments(near, torch.zeros_like(near), near.new_zeros(len(near), len(near)))
+            own = found[path]
+            rows = rows - own.near.float()
+            own.total += rows.double().sum(0)
+            own.gram += (rows.T @ rows).double()
+            own.count += len(rows)
+
+        return layer.register_forward_pre_hook(hook)
+
+    handles = [watch(path, layer) for path, layer in layers.items()]
+    try:
+        yield found
     finally:
         for handle in handles:
             handle.remove()

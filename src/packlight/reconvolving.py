@@ -4,9 +4,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from packlight.convolutions import INNER
 from packlight.families import Batch
 from packlight.layers import Edit
 from packlight.model import Model
@@ -17,10 +16,8 @@ from packlight.techniques.separable import (
     check_convolutions,
     replace_convolutions_,
 )
-from packlight.windows import is_matrix
 
 _TECHNIQUES = {t.name: t for t in (SEPARABLE_CONVOLUTION, GROUPED_CONVOLUTION)}
-Assigned = TypeVar("Assigned")
 
 
 def _steps(plan: Plan) -> list[tuple[Any, Any]]:
@@ -35,14 +32,7 @@ def check_reconvolving(plan: Plan, model: Model) -> None:
         check_convolutions(model, config, step.takes)
 
 
-def needing_samples(plan: Plan) -> set[str]:
-    """Names of those of its steps that need calibration samples."""
-    return {step.technique for step, config in _steps(plan) if config.feedback}
-
-
-def reconvolve_(
-    model: Model, plan: Plan, batches: Sequence[Batch], work: Path, found: dict[str, Assigned]
-) -> dict[str, Assigned]:
+def reconvolve_(model: Model, plan: Plan, batches: Sequence[Batch], work: Path) -> None:
     """Replace convolutions where the plan says so, in place.
 
     Args:
@@ -50,15 +40,10 @@ def reconvolve_(
         plan: checked.
         batches: calibration batches.
         work: folder that keeps the result, which a later call with the same plan takes up.
-        found: path -> what each layer of the original gets.
-
-    Returns:
-        the same for the layers that the model has now: the parts of a replaced convolution get what it would have
-        got, but for those in groups, which are no single matrix and stay floats.
     """
     steps = _steps(plan)
     if not steps:
-        return found
+        return
     from safetensors.torch import load_file, save_file
 
     kept = work / "convolutions.json"
@@ -68,21 +53,14 @@ def reconvolve_(
             model.edit_(Edit(**entry))
         state = load_file(kept.with_suffix(".safetensors"))
         model.module.load_state_dict(state, strict=False)
-    else:
-        before = len(model.edits)
-        notes = [n for step, config in steps for n in replace_convolutions_(model, config, step.takes, batches)]
-        edits = model.edits[before:]
-        state = {
-            f"{e.path}.{name}": tensor.detach().contiguous()
-            for e in edits
-            for name, tensor in model.module.get_submodule(e.path).state_dict().items()
-        }
-        save_file(state, kept.with_suffix(".safetensors"))
-        write_json(kept, {"edits": [asdict(e) for e in edits], "notes": notes})
-    moved = {e.path + inner: e.path for e in model.edits for inner in INNER.get(e.kind, ())}
-    layers = model.layers()
-    return {
-        path: found[moved.get(path, path)]
-        for path, layer in layers.items()
-        if moved.get(path, path) in found and (path not in moved or is_matrix(layer))
+        return
+    before = len(model.edits)
+    notes = [n for step, config in steps for n in replace_convolutions_(model, config, step.takes, batches)]
+    edits = model.edits[before:]
+    state = {
+        f"{e.path}.{name}": tensor.detach().contiguous()
+        for e in edits
+        for name, tensor in model.module.get_submodule(e.path).state_dict().items()
     }
+    save_file(state, kept.with_suffix(".safetensors"))
+    write_json(kept, {"edits": [asdict(e) for e in edits], "notes": notes})

@@ -6,6 +6,8 @@ from packlight.techniques.audio_context import AUDIO_CONTEXT
 from packlight.techniques.codes import ERROR_FEEDBACK, ROUND_TO_NEAREST
 from packlight.techniques.float16 import FLOAT16
 from packlight.techniques.groups import GROUP_WEIGHTS
+from packlight.techniques.low_rank import LOW_RANK
+from packlight.techniques.prune_structure import PRUNE_STRUCTURE
 from packlight.techniques.prune_vocabulary import PRUNE_VOCABULARY
 from packlight.techniques.separable import GROUPED_CONVOLUTION, SEPARABLE_CONVOLUTION
 from packlight.techniques.tune_scales import TUNE_SCALES
@@ -19,6 +21,8 @@ TECHNIQUES: dict[str, Technique] = {
         PRUNE_VOCABULARY,
         SEPARABLE_CONVOLUTION,
         GROUPED_CONVOLUTION,
+        PRUNE_STRUCTURE,
+        LOW_RANK,
         ROUND_TO_NEAREST,
         ERROR_FEEDBACK,
         GROUP_WEIGHTS,

@@ -17,6 +17,32 @@ Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Where the heads of a block are. Paths are below the block; all heads have the same size.
+
+    Args:
+        path: of the module that knows how many heads there are.
+        query, key, value, out: paths of its linear layers.
+        count: the module's attribute for the number of heads.
+        width: its attribute for the width of all heads together, '' where it has none.
+    """
+
+    path: str
+    query: str
+    key: str
+    value: str
+    out: str
+    count: str = "num_heads"
+    width: str = ""
+
+
+def attention_at(path: str, out: str = "out_proj", count: str = "num_heads") -> Attention:
+    """An attention whose layers lie in it under the names that most of transformers uses."""
+    query, key, value = (f"{path}.{name}" for name in ("q_proj", "k_proj", "v_proj"))
+    return Attention(path, query, key, value, f"{path}.{out}", count)
+
+
+@dataclass(frozen=True)
 class Tower:
     """A stack of blocks that run one after the other.
 
@@ -27,6 +53,10 @@ class Tower:
         paths: Unix wildcards over paths of its layers; none is for all that lie beside the blocks.
         chained: whether a block's output is all that the next block is given anew.
         stepwise: whether it runs row by row on the device, so that its activations have one range per row anyway.
+        attentions: of each block; none where heads can't be taken out.
+        feed_forward: paths below the block of the layers before and after the hidden units; None likewise.
+        config: attribute of the module's config that holds this tower's own, '' where they are one.
+        count_key, hidden_key: names there of the number of blocks and of hidden units; '' where there are none.
     """
 
     name: str
@@ -35,6 +65,11 @@ class Tower:
     paths: tuple[str, ...] = ()
     chained: bool = True
     stepwise: bool = False
+    attentions: tuple[Attention, ...] = ()
+    feed_forward: tuple[str, str] | None = None
+    config: str = ""
+    count_key: str = ""
+    hidden_key: str = ""
 
     def has(self, path: str) -> bool:
         """Whether a layer belongs to this tower."""
@@ -149,7 +184,9 @@ class Family:
     bind: "Callable[[Family, nn.Module, dict[str, Any]], Family] | None" = None
     inputs: Callable[[nn.Module, Batch], Batch] = lambda module, batch: batch
     shorten: Callable[[nn.Module, AudioContext], None] | None = None
-    equip: Callable[[nn.Module, Path, dict[str, Any], str], dict[str, Any]] = lambda module, folder, kept, tokenizer: kept
+    equip: Callable[[nn.Module, Path, dict[str, Any], str], dict[str, Any]] = lambda module, folder, kept, tokenizer: (
+        kept
+    )
     processing: Callable[[nn.Module], dict[str, dict[str, Any]]] = lambda module: {}
 
     def part_of(self, path: str) -> Part | None:

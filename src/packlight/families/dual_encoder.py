@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight.errors import DataError
-from packlight.families import Batch, Family, Graph, Part, Tower
+from packlight.families import Attention, Batch, Family, Graph, Part, Tower, attention_at
 from packlight.families.dual_processing import read_processing, rows_of
 from packlight.families.pretrained import from_transformers, tokenizer_json
 from packlight.images import read_image
@@ -204,7 +204,7 @@ def bind(family: Family, module: nn.Module, settings: dict[str, Any]) -> Family:
         Tower(name, modality, _blocks(module, content), (f"{content}.*", "visual_projection*", "audio_projection*")),
         Tower("text", "text", _blocks(module, _TEXT), (f"{_TEXT}.*", "text_projection*")),
     )
-    towers = tuple(replace(t, chained=_chained(module, t)) for t in towers)
+    towers = tuple(replace(t, chained=_chained(module, t), **_anatomy(module, t)) for t in towers)
     example = settings["processor"](np.zeros((64, 64, 3), np.uint8))
     ids = settings["tokenizer"]([" ".join("abcdefghijklmn")])["input_ids"]
     rows = rows_of(module, lambda: (embed_content(module, example), embed_text(module, ids)))
@@ -244,6 +244,37 @@ def _blocks(module: nn.Module, root: str) -> str:
 def _chained(module: nn.Module, tower: Tower) -> bool:
     """Whether every block has the same class: stages of different sizes are also told the size of their input."""
     return bool(tower.blocks) and "swin" not in type(module.get_submodule(tower.blocks)[0]).__name__.lower()
+
+
+_ATTENTIONS = (
+    attention_at("self_attn"),
+    attention_at("attention", out="o_proj", count="num_attention_heads"),
+    Attention(
+        "attention.self",
+        query="attention.self.query",
+        key="attention.self.key",
+        value="attention.self.value",
+        out="attention.output.dense",
+        count="num_attention_heads",
+        width="all_head_size",
+    ),
+)
+_FEED_FORWARDS = (("mlp.fc1", "mlp.fc2"), ("intermediate.dense", "output.dense"))
+
+
+def _anatomy(module: nn.Module, tower: Tower) -> dict[str, Any]:
+    """Where the heads and hidden units of a tower's blocks are, for `Tower`; nothing where they are none that we know."""
+    if not tower.blocks:
+        return {}
+    block = next(iter(module.get_submodule(tower.blocks).children()))
+    linear = {path for path, layer in block.named_modules() if isinstance(layer, nn.Linear)}
+    heads = next((a for a in _ATTENTIONS if linear.issuperset((a.query, a.key, a.value, a.out))), None)
+    hidden = next((f for f in _FEED_FORWARDS if linear.issuperset(f)), None)
+    if heads is None or hidden is None or not hasattr(block.get_submodule(heads.path), heads.count):
+        return {}
+    own = "text_config" if tower.name == "text" else f"{tower.name}_config"
+    keys = {"config": own, "count_key": "num_hidden_layers", "hidden_key": "intermediate_size"}
+    return {"attentions": (heads,), "feed_forward": hidden, **(keys if hasattr(module.config, own) else {})}
 
 
 def multiply_adds(module: nn.Module, path: str, rows: dict[str, int]) -> int:

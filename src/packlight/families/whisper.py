@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from packlight.audio import RATE, read_audio
 from packlight.context import AudioContext, places, spoken_positions
 from packlight.errors import DataError, ModelError
-from packlight.families import Batch, Family, Part, Tower
+from packlight.families import Batch, Family, Part, Tower, attention_at
 from packlight.families.ctranslate2 import config_values, is_ctranslate2, read_variables, state_dict
 from packlight.families.pretrained import from_transformers, tokenizer_json
 from packlight.families.whisper_graphs import context_of, graphs, hear
@@ -278,12 +278,14 @@ def run(module: nn.Module, batch: Batch) -> Tensor:
 def serving(module: nn.Module, settings: dict[str, Any], language: str | None, task: str) -> dict[str, Any]:
     """What `packlight.serving.whisper.Settings` reads, for the manifest."""
     config = module.config
+    attentions = [layer.self_attn for layer in module.model.decoder.layers]
+    heads = [attention.num_heads for attention in attentions]
     return {
         "mel_bins": config.num_mel_bins,
         "frames": 2 * config.max_source_positions,
-        "layers": config.decoder_layers,
-        "heads": config.decoder_attention_heads,
-        "head_size": config.d_model // config.decoder_attention_heads,
+        "layers": len(attentions),
+        "heads": heads if len(set(heads)) > 1 else heads[0],
+        "head_size": attentions[0].head_dim,
         "start": settings["decoder_start_token_id"],
         "eos": settings["eos_token_id"],
         "no_timestamps": settings["no_timestamps_token_id"],
@@ -309,7 +311,7 @@ def multiply_adds(module: nn.Module, path: str, tokens: int = 25) -> int:
     size = layer.weight.numel()
     if path.endswith("conv1"):
         return size * 2 * frames
-    audio_side = ".encoder." in path or path.endswith(("encoder_attn.k_proj", "encoder_attn.v_proj"))
+    audio_side = ".encoder." in path or "encoder_attn.k_proj" in path or "encoder_attn.v_proj" in path
     return size * (frames if audio_side else tokens)
 
 
@@ -319,8 +321,25 @@ FAMILY = Family(
     modalities=("audio", "text"),
     task="speech-to-text",
     towers=(
-        Tower("encoder", "audio", "model.encoder.layers"),
-        Tower("decoder", "text", "model.decoder.layers", stepwise=True),
+        Tower(
+            "encoder",
+            "audio",
+            "model.encoder.layers",
+            attentions=(attention_at("self_attn"),),
+            feed_forward=("fc1", "fc2"),
+            count_key="encoder_layers",
+            hidden_key="encoder_ffn_dim",
+        ),
+        Tower(
+            "decoder",
+            "text",
+            "model.decoder.layers",
+            stepwise=True,
+            attentions=(attention_at("self_attn"), attention_at("encoder_attn")),
+            feed_forward=("fc1", "fc2"),
+            count_key="decoder_layers",
+            hidden_key="decoder_ffn_dim",
+        ),
     ),
     parts=(
         Part("encoder convolutions", ("model.encoder.conv*",), "encoder"),

@@ -1,5 +1,7 @@
 """Whisper as it is exported: an encoder that returns cross keys and values once, a decoder that takes them in."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -91,20 +93,24 @@ class _FlatDecoder(nn.Module):
         return self.inner(input_ids, caches[:half], caches[half:])
 
 
+def _cache(attention: Any, length: int) -> Tensor:
+    """An example of an attention's keys or values: pruned ones have heads of their own number."""
+    return torch.zeros(1, attention.num_heads, length, attention.head_dim)
+
+
 def graphs(module: nn.Module) -> tuple[Graph, ...]:
     """The encoder and the decoder as they are exported."""
     config = module.config
-    count = config.decoder_layers
-    heads = config.decoder_attention_heads
-    shape = (1, heads, config.max_source_positions, config.d_model // heads)
-    pairs = [f"{kind}_{i}" for i in range(count) for kind in ("key", "value")]
+    layers = module.model.decoder.layers
+    pairs = [f"{kind}_{i}" for i in range(len(layers)) for kind in ("key", "value")]
     past, cross, present = ([f"{prefix}_{pair}" for pair in pairs] for prefix in ("past", "cross", "present"))
     whole = context_of(module) is None
     length = config.max_source_positions if whole else config.max_source_positions // 2
     mel = torch.zeros(1, config.num_mel_bins, 2 * length)
     places = () if whole else (torch.arange(length), torch.zeros(length))
     audio = {} if whole else {"input_features": {2: "frames"}, "positions": {0: "heard"}, "sizes": {0: "heard"}}
-    caches = [torch.zeros(1, heads, 3, shape[3]) for _ in past] + [torch.zeros(shape) for _ in cross]
+    sizes = ((3, "self_attn"), (config.max_source_positions, "encoder_attn"))
+    caches = [_cache(getattr(layer, name), n) for n, name in sizes for layer in layers for _ in ("key", "value")]
     dynamic = {"input_ids": {1: "tokens"}, **{name: {2: "past"} for name in past}}
     dynamic |= {} if whole else {name: {2: "heard"} for name in cross}
     return (

@@ -64,7 +64,8 @@ def transcribe(
 ) -> Transcript:
     """Transcribe, or translate to English, audio of any length.
 
-    With H heads of size D, P past positions (none at first), and i for every layer, the parts are
+    With H heads of size D, a number for each layer, P past positions (none at first), and i for every layer, the
+    parts are
     'encoder': `input_features` float32 [1, mel_bins, frames] to `cross_key_i`, `cross_value_i`
     [1, H, frames / 2, D], and
     'decoder': `input_ids` int64 [1, T], `past_key_i`, `past_value_i` [1, H, P, D] and the encoder's outputs
@@ -162,8 +163,9 @@ def encoder_inputs(settings: Settings, window: np.ndarray) -> dict[str, np.ndarr
 
 
 def _no_past(settings: Settings) -> dict[str, Any]:
-    empty = np.zeros((1, settings.heads, 0, settings.head_size), np.float32)
-    return {f"past_{kind}_{i}": empty for kind in ("key", "value") for i in range(settings.layers)}
+    layers = range(settings.layers)
+    empty = [np.zeros((1, settings.heads_of(i), 0, settings.head_size), np.float32) for i in layers]
+    return {f"past_{kind}_{i}": empty[i] for kind in ("key", "value") for i in layers}
 
 
 def _next_logits(

@@ -18,7 +18,7 @@ class Settings:
         mel_bins: rows of the spectrogram, 80 or 128.
         frames: columns of the spectrogram, 10 ms each.
         layers: blocks of the decoder.
-        heads: attention heads of the decoder.
+        heads: heads of the decoder's attention to its past; of every layer, where they differ.
         head_size: width of one head.
         start: id of the token that starts every prompt.
         eos: id of the token that ends the text.
@@ -38,7 +38,7 @@ class Settings:
     mel_bins: int
     frames: int = 3000
     layers: int
-    heads: int
+    heads: int | tuple[int, ...]
     head_size: int
     start: int
     eos: int
@@ -56,7 +56,13 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict for JSON."""
-        return asdict(self) | {"suppress": list(self.suppress), "begin_suppress": list(self.begin_suppress)}
+        lists = {"suppress": list(self.suppress), "begin_suppress": list(self.begin_suppress)}
+        heads = self.heads if isinstance(self.heads, int) else list(self.heads)
+        return asdict(self) | lists | {"heads": heads}
+
+    def heads_of(self, layer: int) -> int:
+        """Heads of one layer's attention to its past."""
+        return self.heads if isinstance(self.heads, int) else self.heads[layer]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
@@ -75,7 +81,10 @@ class Settings:
             for name in names:
                 if not holds(values[name]):
                     raise BundleError(f"The Whisper settings: {name!r} must be {kind}. Write the bundle again.")
+        if not isinstance(values["heads"], int) and len(values["heads"]) != values["layers"]:
+            raise BundleError("The Whisper settings: 'heads' must have one number per layer. Write the bundle again.")
         made = {name: tuple(values[name]) for name in ("suppress", "begin_suppress")}
+        made |= {} if isinstance(values["heads"], int) else {"heads": tuple(values["heads"])}
         context = None if values["context"] is None else AudioContext(**values["context"])
         return cls(**(values | made | {"context": context}))
 
@@ -86,6 +95,10 @@ def _is_id(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return _is_id(value) and value > 0
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(map(_is_count, value))
 
 
 def _is_context(value: Any) -> bool:
@@ -102,10 +115,11 @@ def _is_ids_by_name(value: Any) -> bool:
 
 _KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
-        ("mel_bins", "frames", "layers", "heads", "head_size", "max_tokens"),
+        ("mel_bins", "frames", "layers", "head_size", "max_tokens"),
         _is_count,
         "a whole number above 0",
     ),
+    (("heads",), lambda v: _is_count(v) or _is_counts(v), "a whole number above 0, or a list of them"),
     (("start", "eos", "max_initial_timestamp_index"), _is_id, "a whole number, 0 or above"),
     (("no_timestamps", "timestamp_begin"), lambda v: v is None or _is_id(v), "null or a token id"),
     (("language_ids", "task_ids"), _is_ids_by_name, "an object of token ids by name"),

@@ -1,0 +1,216 @@
+"""Making a model narrower or shallower: what belongs together, and the edits that log it.
+
+Heads and hidden units are groups of rows and columns that go together: a head's rows of query, key and value with its
+columns of the output; a hidden unit's row and bias of the first layer with its column of the second.
+
+Edits of this kind, all with plain JSON in `args`:
+
+- 'heads', path of the attention module: 'keep' heads of 'size' rows each stay. 'rows' names the layers that lose
+  rows, 'columns' the one that loses columns; 'attributes' are set on the module at the path.
+- 'hidden', path of the block: 'keep' units stay; 'size' is 1, 'rows', 'columns' and 'attributes' as above.
+- 'drop_layer', path of the block in its nn.ModuleList: it goes, those after it move up. No arguments.
+- 'low_rank', path of a linear layer: two take its place, path.0 and path.1, with 'rank' numbers between them.
+
+Carried out in their order on the original architecture they give the same skeleton. An edit that narrows keeps the
+first rows and columns: which ones stay is in the tensors, that are filled in after it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packlight.convolutions import INNER
+from packlight.errors import PlanError
+from packlight.families import Tower
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """The groups of one attention or one feed-forward: each is `size` rows of some layers and columns of another.
+
+    Args:
+        path: of the attention module or, for hidden units, of the block: as plans and edits name it.
+        kind: 'heads' or 'hidden'.
+        block: path of the block.
+        rows: paths of the layers whose rows go.
+        columns: path of the layer whose columns go.
+        size: rows of a group: a head's width, or 1.
+        count: groups that are there.
+        names: (attribute for the number of groups, attribute for their rows together); '' for none.
+    """
+
+    path: str
+    kind: str
+    block: str
+    rows: tuple[str, ...]
+    columns: str
+    size: int
+    count: int
+    names: tuple[str, str] = ("", "")
+
+    def edit_args(self, keep: int) -> dict[str, Any]:
+        """The arguments of the edit that keeps so many groups."""
+        values = zip(self.names, (keep, keep * self.size), strict=True)
+        attributes = {name: value for name, value in values if name}
+        return {
+            "keep": keep, "size": self.size, "rows": list(self.rows), "columns": self.columns, "attributes": attributes,
+        }  # fmt: skip
+
+
+def coupled(module: nn.Module, tower: Tower) -> list[Coupled]:
+    """The groups of every block of a tower, in the order in which a block runs them; none where it knows none.
+
+    Layers that are no plain nn.Linear any more, because they hold codes or factors, are left out.
+    """
+    found: list[Coupled] = []
+    for i in range(blocks_of(module, tower)):
+        block = f"{tower.blocks}.{i}"
+        for a in tower.attentions:
+            rows, columns = tuple(f"{block}.{p}" for p in (a.query, a.key, a.value)), f"{block}.{a.out}"
+            sizes = {len(w) for w in _weights(module, rows)}
+            if len(sizes) != 1 or not _weights(module, [columns]):  # keys that heads share can't go with one head
+                continue
+            count = int(getattr(module.get_submodule(f"{block}.{a.path}"), a.count))
+            size = sizes.pop() // count
+            found.append(Coupled(f"{block}.{a.path}", "heads", block, rows, columns, size, count, (a.count, a.width)))
+        if tower.feed_forward is not None:
+            first, second = (f"{block}.{p}" for p in tower.feed_forward)
+            weights = _weights(module, [first, second])
+            if len(weights) == 2:
+                found.append(Coupled(block, "hidden", block, (first,), second, 1, len(weights[0])))
+    return found
+
+
+def blocks_of(module: nn.Module, tower: Tower) -> int:
+    """Blocks of a tower; 0 for one without."""
+    return len(list(module.get_submodule(tower.blocks).children())) if tower.blocks else 0
+
+
+def _weights(module: nn.Module, paths: Sequence[str]) -> list[Tensor]:
+    layers = [module.get_submodule(p) for p in paths]
+    return [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
+
+
+class LowRank(nn.Sequential):
+    """Two linear layers in the place of one; the first has no bias."""
+
+    def __init__(self, like: nn.Linear, rank: int) -> None:
+        super().__init__(
+            nn.Linear(like.in_features, rank, bias=False),
+            nn.Linear(rank, like.out_features, bias=like.bias is not None),
+        )
+        self.in_features, self.out_features = like.in_features, like.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in], the product; models read its dtype or shape."""
+        first, second = (layer.get_parameter("weight") for layer in self)
+        return second @ first
+
+
+def narrow_(root: nn.Module, path: str, args: dict[str, Any]) -> nn.Module:
+    """Keep the first groups of an attention or a feed-forward. Returns the module at the path."""
+    kept = int(args["keep"]) * int(args["size"])
+    for name in args["rows"]:
+        _resize_(_linear(root, name), slice(kept), slice(None))
+    _resize_(_linear(root, str(args["columns"])), slice(None), slice(kept))
+    module = root.get_submodule(path)
+    for name, value in args["attributes"].items():
+        setattr(module, name, value)
+    return module
+
+
+def _linear(root: nn.Module, path: str) -> nn.Linear:
+    layer = root.get_submodule(path)
+    if not isinstance(layer, nn.Linear):
+        raise PlanError(f"{path} is no plain linear layer any more; structure is pruned before it is compressed.")
+    return layer
+
+
+def _resize_(layer: nn.Linear, rows: slice, columns: slice) -> None:
+    weight = layer.weight
+    layer.weight = nn.Parameter(weight.detach()[rows, columns].clone(), requires_grad=weight.requires_grad)
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.detach()[rows].clone(), requires_grad=layer.bias.requires_grad)
+    layer.out_features, layer.in_features = layer.weight.shape
+
+
+def drop_layer_(root: nn.Module, path: str, args: dict[str, Any]) -> nn.Module:
+    """Take a block out of its list; caches are numbered by `layer_idx`, so the blocks after it are numbered anew."""
+    parent, _, index = path.rpartition(".")
+    blocks = root.get_submodule(parent)
+    if not isinstance(blocks, nn.ModuleList) or len(blocks) < 2:
+        raise PlanError(f"{path}: only a block of a list, and not the last one of it, can be taken out.")
+    del blocks[int(index)]
+    for i, block in enumerate(blocks):
+        for module in block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = i  # type: ignore[assignment]
+    return blocks
+
+
+def factor_(root: nn.Module, path: str, args: dict[str, Any]) -> nn.Module:
+    """Put two layers of a rank in the place of a linear one. Returns both, to be filled."""
+    old = _linear(root, path)
+    new = LowRank(old, int(args["rank"])).to(old.weight.dtype).requires_grad_(old.weight.requires_grad)
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, new)
+    return new
+
+
+SHAPES: dict[str, Callable[[nn.Module, str, dict[str, Any]], nn.Module]] = {
+    "heads": narrow_,
+    "hidden": narrow_,
+    "drop_layer": drop_layer_,
+    "low_rank": factor_,
+}
+
+
+_INNER = {"low_rank": (".0", ".1"), **INNER}  # kind -> what is added to the path for the layers inside
+
+
+def original_path(path: str, edits: Sequence[Any]) -> str:
+    """The path that a layer had before these edits: blocks before it may have gone, or it is a factor of a layer."""
+    for edit in reversed(edits):
+        if edit.kind == "drop_layer":
+            blocks, _, gone = edit.path.rpartition(".")
+            if path.startswith(f"{blocks}."):
+                index, _, rest = path.removeprefix(f"{blocks}.").partition(".")
+                moved = int(index) + (int(index) >= int(gone))
+                path = f"{blocks}.{moved}" + (f".{rest}" if rest else "")
+        elif path in [edit.path + inner for inner in _INNER.get(edit.kind, ())]:
+            path = edit.path
+    return path
+
+
+def update_config_(module: nn.Module, towers: Sequence[Tower]) -> bool:
+    """Write the number of blocks, and of hidden units where all blocks have the same, into the module's config.
+
+    Returns:
+        whether the config describes the module: heads were not taken out, and hidden units alike in all blocks. Then
+        transformers builds it from the config alone.
+    """
+    fits = True
+    for tower in towers:
+        config = getattr(module.config, tower.config) if tower.config else module.config
+        if tower.count_key:
+            setattr(config, tower.count_key, blocks_of(module, tower))
+        groups = coupled(module, tower)
+        hidden = {c.count for c in groups if c.kind == "hidden"}
+        if tower.hidden_key and len(hidden) == 1:
+            setattr(config, tower.hidden_key, hidden.pop())
+        fits &= len(hidden) <= 1
+        full = {module.get_submodule(c.columns).out_features for c in groups if c.kind == "heads"}
+        fits &= all(c.count * c.size in full for c in groups if c.kind == "heads")
+    return fits
+
+
+def fill_(layer: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Give a layer these numbers, in place; its bias stays where none is given."""
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if bias is not None and layer.bias is not None:
+            layer.bias.copy_(bias)

@@ -1,0 +1,275 @@
+"""Attention heads, hidden units and whole blocks out of transformer towers: smaller on disk, and fewer operations.
+
+What belongs together goes together: a head's rows of query, key and value with its columns of the output, a hidden
+unit's row and bias with its column. The plan says how many stay in each block; which ones, the calibration samples
+decide. Blocks are pruned in the order in which they run, each on the inputs that the pruned blocks before it give, and
+what stays in a block makes up for what went by least squares.
+
+When to use: for a latency, in encoders above all, before quantization. When not: for size alone, where fewer bits per
+weight cost less.
+
+Papers: second order: Optimal Brain Surgeon by groups, as in ZipLM (Kurtic et al. 2023, arXiv 2302.04089); see
+`packlight.pruning` for what differs. First order: Molchanov et al. 2019, arXiv 1906.10771, with |w g| summed over the
+group as in LLM-Pruner (Ma et al. 2023, arXiv 2305.11627).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from packlight.errors import PlanError
+from packlight.families import Batch
+from packlight.layers import Edit
+from packlight.model import Model
+from packlight.observe import Moments, moments
+from packlight.pruning import columns_of, compensated, magnitudes, removal_order, shifted
+from packlight.structure import Coupled, blocks_of, coupled, fill_, update_config_
+from packlight.techniques import Stage, Technique
+from packlight.waves import Measure, waves
+
+NAME = "prune_structure"
+
+
+@dataclass(frozen=True)
+class PruneStructureConfig:
+    """Settings.
+
+    Args:
+        heads: path of an attention -> how many of its heads stay.
+        hidden: path of a block -> how many hidden units of its feed-forward stay; multiples of 16 run fastest.
+        layers: paths of blocks that go. All paths are those of the original.
+        score: 'second_order' takes what costs least after least squares; 'taylor' what the loss depends on least, to
+            first order; 'magnitude' what has the smallest weights and needs no samples.
+        compensate: let what stays make up for what goes, by least squares.
+        order: 'least' important first; 'most' is for comparison only.
+        damp: share of the mean diagonal added to the second moments.
+    """
+
+    heads: Mapping[str, int] = field(default_factory=dict)
+    hidden: Mapping[str, int] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
+    score: Literal["second_order", "taylor", "magnitude"] = "second_order"
+    compensate: bool = True
+    order: Literal["least", "most"] = "least"
+    damp: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name, what in (("heads", "of an attention"), ("hidden", "of a block")):
+            values = getattr(self, name)
+            if not isinstance(values, Mapping):
+                raise PlanError(f"{name} is {values!r}; it must be an object: path {what} -> how many stay.")
+            for path, count in values.items():
+                if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                    raise PlanError(f"{name} keeps {count!r} in {path}; it must be a whole number, 1 or more.")
+        if isinstance(self.layers, str) or not all(isinstance(p, str) for p in self.layers):
+            raise PlanError(f"layers is {self.layers!r}; it must be a list of paths of blocks.")
+        object.__setattr__(self, "layers", tuple(self.layers))  # JSON has lists only
+        if self.score not in ("second_order", "taylor", "magnitude"):
+            raise PlanError(f"score is {self.score!r}; it must be 'second_order', 'taylor' or 'magnitude'.")
+        if self.order not in ("least", "most"):
+            raise PlanError(f"order is {self.order!r}; it must be 'least' or 'most'.")
+        if not 0 < self.damp <= 1:
+            raise PlanError(f"damp is {self.damp}; it must lie above 0 and up to 1.")
+        if not (self.heads or self.hidden or self.layers):
+            raise PlanError("it names no heads, hidden or layers, so there is nothing to prune.")
+
+    @property
+    def watches(self) -> bool:
+        """Whether it looks at the inputs of layers."""
+        return bool(self.heads or self.hidden) and (self.compensate or self.score == "second_order")
+
+    @property
+    def feedback(self) -> bool:
+        """Whether it needs calibration samples."""
+        return self.watches or (bool(self.heads or self.hidden) and self.score == "taylor")
+
+
+def check_structure(model: Model, config: PruneStructureConfig) -> None:
+    """Check the settings against a model, not yet edited.
+
+    Raises:
+        PlanError: a path that is no attention or block of a tower that can be pruned, more heads or units than there
+            are, a tower that would lose all its blocks.
+    """
+    found = {(c.kind, c.path): c for tower in model.family.towers for c in coupled(model.module, tower)}
+    for kind, wanted in (("heads", config.heads), ("hidden", config.hidden)):
+        for path, keep in wanted.items():
+            if (kind, path) not in found:
+                known = ", ".join(p for k, p in found if k == kind) or "none in this model"
+                raise PlanError(f"prune_structure: {path} has no {kind} that can be pruned. Those that have: {known}.")
+            if keep > found[kind, path].count:
+                raise PlanError(f"prune_structure keeps {keep} {kind} of {path}, which has {found[kind, path].count}.")
+            block = found[kind, path].block
+            if block in config.layers:
+                raise PlanError(
+                    f"prune_structure names {block} in layers and in {kind}; a block that goes has neither."
+                )
+    for tower in model.family.towers:
+        blocks = [f"{tower.blocks}.{i}" for i in range(blocks_of(model.module, tower))]
+        if blocks and set(blocks) <= set(config.layers):
+            raise PlanError(f"prune_structure takes out every block of the {tower.name} tower; leave it one.")
+    blocks = [f"{t.blocks}.{i}" for t in model.family.towers for i in range(blocks_of(model.module, t)) if t.chained]
+    strangers = [p for p in config.layers if p not in blocks]
+    if strangers:
+        raise PlanError(
+            f"prune_structure: {strangers[0]} is no block that can be taken out. Those that can: {', '.join(blocks)}."
+        )
+
+
+def prune_structure_(model: Model, config: PruneStructureConfig, batches: Sequence[Batch]) -> list[str]:
+    """Prune a model, in place. Every change is logged in its edits; its config follows where it can say the result.
+
+    Args:
+        model: not yet quantized.
+        config: the step's settings.
+        batches: calibration batches; may be empty where `config.feedback` is false.
+
+    Returns:
+        paths of the layers that changed, as the pruned model names them.
+    """
+    check_structure(model, config)
+    if config.feedback and not batches:
+        raise PlanError(f"prune_structure with the score {config.score!r} needs calibration samples.")
+    wanted = {("heads", p): n for p, n in config.heads.items()} | {("hidden", p): n for p, n in config.hidden.items()}
+    scores = taylor(model, batches) if config.score == "taylor" else {}
+    for path in sorted(config.layers, key=lambda p: (p.rpartition(".")[0], -int(p.rpartition(".")[2]))):
+        model.edit_(Edit(path, "drop_layer"))
+    changed: list[str] = []
+    with torch.no_grad():
+        groups = [c for tower in model.family.towers for c in coupled(model.module, tower)]
+        for paths, measure in waves(model, batches if config.watches else []):
+            for c in (c for c in groups if c.columns in paths):
+                key = (c.kind, model.origin(c.path))
+                if wanted.get(key, c.count) < c.count:
+                    inputs = observe(model.module, c.columns, measure) if config.watches else None
+                    kept = choose(model.module, c, wanted[key], config, inputs, scores.get(key))
+                    take_(model, c, kept, inputs if config.compensate else None, config.damp)
+                    changed += [*c.rows, c.columns]
+    update_config_(model.module, model.family.towers)
+    return changed
+
+
+def observe(module: nn.Module, path: str, measure: Measure) -> Moments:
+    """Watch the inputs of a layer while its block runs. Raises PlanError where the samples don't reach it."""
+    with moments({path: module.get_submodule(path)}) as found:
+        measure()
+    if path not in found:
+        raise PlanError(f"The calibration samples don't reach {path}. Give samples for every tower that is pruned.")
+    return found[path]
+
+
+def choose(
+    module: nn.Module,
+    groups: Coupled,
+    keep: int,
+    config: PruneStructureConfig,
+    inputs: Moments | None,
+    scores: Tensor | None,
+) -> Tensor:
+    """The groups that stay, rising; among equal scores the first ones go."""
+    remove = groups.count - keep
+    reader: Any = module.get_submodule(groups.columns)
+    weight = reader.weight.detach()
+    if config.score == "second_order":
+        assert inputs is not None
+        second = inputs.second(reader.bias is not None)
+        gone = removal_order(weight, second, groups.size, remove, config.damp, config.order == "most")[0]
+    else:
+        if config.score == "magnitude":
+            scores = magnitudes(_rows(module.get_submodule(groups.rows[-1])), weight, groups.size)
+        assert scores is not None
+        gone = torch.argsort(scores, descending=config.order == "most", stable=True)[:remove].tolist()
+    return torch.tensor([i for i in range(groups.count) if i not in set(gone)])
+
+
+def _rows(layer: Any) -> Tensor:
+    """The rows of a layer with its bias, of value or of the first layer of a feed-forward: [out, in + 1] or [out, in]."""
+    weight: Tensor = layer.weight.detach()
+    return weight if layer.bias is None else torch.cat([weight, layer.bias.detach()[:, None]], 1)
+
+
+def narrowed(module: nn.Module, path: str, kept: Tensor, inputs: Moments | None, damp: float) -> tuple[Tensor, Any]:
+    """(weight, bias) of a layer that has these columns left; as they were without `inputs`, else by least squares."""
+    layer: Any = module.get_submodule(path)
+    weight = layer.weight.detach()
+    bias = None if layer.bias is None else layer.bias.detach()
+    if inputs is None:
+        return weight[:, kept], bias
+    made = compensated(weight, inputs.second(bias is not None), kept, damp)
+    return made, None if bias is None else shifted(bias, weight, made, kept, inputs.mean)
+
+
+def take_(model: Model, groups: Coupled, kept: Tensor, inputs: Moments | None, damp: float) -> None:
+    """Leave these groups of an attention or a feed-forward, in place, and log it."""
+    module = model.module
+    index = columns_of(kept, groups.size)
+    weight, bias = narrowed(module, groups.columns, index, inputs, damp)
+    rows = {p: _sliced(module.get_submodule(p), index) for p in groups.rows}
+    model.edit_(Edit(groups.path, groups.kind, groups.edit_args(len(kept))))
+    fill_(module.get_submodule(groups.columns), weight, bias)
+    for path, values in rows.items():
+        fill_(module.get_submodule(path), *values)
+
+
+def _sliced(layer: Any, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    return layer.weight.detach()[index], None if layer.bias is None else layer.bias.detach()[index]
+
+
+def taylor(model: Model, batches: Sequence[Batch]) -> dict[tuple[str, str], Tensor]:
+    """How much the loss depends on each group, to first order: |w g| summed over its weights and the batches.
+
+    The loss is the cross-entropy of the original's own first choices: its divergence from itself has no gradient.
+
+    Returns:
+        (kind, path) -> [groups] float64.
+    """
+    module, family = model.module, model.family
+    groups = [c for tower in family.towers for c in coupled(module, tower)]
+    layers: dict[str, Any] = {p: module.get_submodule(p) for c in groups for p in (*c.rows, c.columns)}
+    weights = [w for layer in layers.values() for w in (layer.weight, layer.bias) if w is not None]
+    wanted = [w.requires_grad for w in weights]
+    found: dict[tuple[str, str], Tensor] = {}
+    try:
+        for w in weights:
+            w.requires_grad_(True)
+        for batch in batches:
+            with torch.inference_mode(False), torch.enable_grad():
+                logits = family.run(module, batch)
+                loss = nn.functional.cross_entropy(logits, logits.detach().argmax(-1), reduction="sum")
+                grads = torch.autograd.grad(loss, weights, allow_unused=True)
+            effects = {
+                id(w): (w.detach() * g).abs().double() for w, g in zip(weights, grads, strict=True) if g is not None
+            }
+            for c in groups:
+                key = (c.kind, c.path)
+                found[key] = found.get(key, 0) + _effect(c, layers, effects)
+    finally:
+        for w, was in zip(weights, wanted, strict=True):
+            w.requires_grad_(was)
+    return found
+
+
+def _effect(groups: Coupled, layers: Mapping[str, Any], effects: Mapping[int, Tensor]) -> Tensor:
+    """The effects of the weights of each group, summed."""
+    total = torch.zeros(groups.count * groups.size, dtype=torch.float64)
+    for path in groups.rows:
+        weight, bias = effects.get(id(layers[path].weight)), effects.get(id(layers[path].bias))
+        total += 0 if weight is None else weight.sum(1)
+        total += 0 if bias is None else bias
+    read = effects.get(id(layers[groups.columns].weight))
+    total += 0 if read is None else read.sum(0)
+    return total.view(groups.count, groups.size).sum(1)
+
+
+PRUNE_STRUCTURE = Technique(
+    name=NAME,
+    config=PruneStructureConfig,
+    layer=None,
+    stage=Stage.PRUNE,
+    needs=("gram",),
+    paper="ZipLM, Kurtic et al. 2023, arXiv 2302.04089",
+    summary="heads, hidden units and blocks out, the rest made up by least squares: smaller and faster",
+)

@@ -20,7 +20,7 @@ from packlight.bundle import MANIFEST, open_bundle
 from packlight.compress import compress_
 from packlight.deploy import deploy
 from packlight.errors import BundleError
-from packlight.layers import CodeLinear
+from packlight.layers import KINDS, CodeLinear, Edit
 from packlight.loading import load as load_folder
 from packlight.model import Model
 from packlight.plan import Plan, Step
@@ -99,6 +99,7 @@ def test_its_graphs_agree_with_the_model_that_was_loaded_from_it(pair: tuple[Mod
     _, bundle = pair
     again = packlight.load(str(bundle))
     assert parity(again, open_served(bundle, 1), [probe(again)])["passed"]
+    assert b"Softmax" not in (bundle / "decoder.onnx").read_bytes()  # its attention is one operation
     floating = all(not isinstance(m, CodeLinear) or m.activations == "float" for m in again.module.modules())
     if floating:
         assert parity(again, open_served(bundle, 1), [probe(again)])["error"] < 1e-3
@@ -168,6 +169,31 @@ def test_a_model_that_its_config_cannot_say_is_only_packlights(tmp_path: Path) -
     with pytest.raises(BundleError, match=r"only packlight\.load reads it"):
         unpack(bundle, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+
+
+def test_edits_start_from_the_config_that_was_there_before_them(tmp_path: Path) -> None:
+    model = load_folder(str(save_model(tmp_path / "model")))
+    model.edit_(Edit("model.encoder.conv2", "grouped", {"groups": 2}))
+    model.module.config.decoder_ffn_dim = 100  # as a step that narrows layers says it after its edits
+    bundle = deploy(model, Plan((Step("float16"),), "whisper"), [], tmp_path / "bundle", None, "transcribe").path
+    assert open_bundle(bundle).manifest["model"]["base"] == {"decoder_ffn_dim": 128}
+    again = packlight.load(str(bundle))
+    assert again.module.config.decoder_ffn_dim == 100
+    assert again.module.model.decoder.layers[0].fc1.out_features == 128
+
+
+@pytest.mark.skipif("drop_layer" not in KINDS, reason="no step takes layers out yet")
+def test_a_model_with_fewer_layers_is_transformers_own(tmp_path: Path) -> None:
+    from packlight.structure import update_config_
+
+    model = load_folder(str(save_model(tmp_path / "model")))
+    model.edit_(Edit("model.encoder.layers.0", "drop_layer"))
+    update_config_(model.module, model.family.towers)
+    bundle = deploy(model, Plan((Step("float16"),), "whisper"), [], tmp_path / "bundle", None, "transcribe").path
+    again = packlight.load(str(bundle))
+    with torch.no_grad():
+        assert torch.equal(again.family.run(again.module, probe(model)), model.family.run(model.module, probe(model)))
+    assert load_folder(str(unpack(bundle, tmp_path / "folder").path)).module.config.encoder_layers == 1
 
 
 # Hostile manifests --------------------------------------------------------------------------------------------------

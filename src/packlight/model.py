@@ -63,6 +63,7 @@ class Model:
         tokenizer: the text of its tokenizer.json.
         settings: its generation settings (suppressed ids and the like).
         edits: every structural change so far.
+        base: the config that the edits start from, as plain values; None as long as there are none.
     """
 
     module: nn.Module
@@ -71,6 +72,7 @@ class Model:
     tokenizer: str
     settings: dict[str, Any]
     edits: list[Edit] = field(default_factory=list)
+    base: dict[str, Any] | None = None
 
     def layers(self) -> dict[str, nn.Module]:
         """Path -> layer, for every linear layer, convolution and embedding, in the order of the module."""
@@ -90,6 +92,9 @@ class Model:
 
     def edit_(self, edit: Edit) -> nn.Module:
         """Carry out an edit and log it. Returns the new layer, to be filled."""
+        config = getattr(self.module, "config", None)
+        if self.base is None and config is not None:
+            self.base = json.loads(json.dumps(config.to_dict(), default=str))
         layer = replace_(self.module, edit)
         self.edits.append(edit)
         return layer

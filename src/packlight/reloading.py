@@ -34,7 +34,8 @@ FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.
 _PATH = re.compile(r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")
 _LARGEST_FILE = 2**20
 _MOST_LAYERS = 1024  # of a tower; no model has as many, and a skeleton of a million would never be built
-_KEYS = ("config", "edits", "settings", "files", "tensors")
+_IDLE = ("_name_or_path", "auto_map", "transformers_version")  # of a config: nothing that a model is built from
+_KEYS = ("config", "base", "edits", "settings", "files", "tensors")
 _BROKEN = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, ZeroDivisionError)
 
 
@@ -71,7 +72,8 @@ def keep(model: Model, weights: Mapping[str, Array]) -> tuple[dict[str, Any], di
     Returns:
         (keys 'reload' and 'model' of the manifest, arrays that must be stored beside `weights`).
     """
-    config = {k: v for k, v in _config(model).items() if k not in ("_name_or_path", "auto_map", "transformers_version")}
+    config = {k: v for k, v in _config(model).items() if k not in _IDLE}
+    base = {k: v for k, v in (model.base or {}).items() if k not in _IDLE and config.get(k) != v}
     named = {_digest(a): n for n, a in sorted(weights.items(), reverse=True)}
     more: dict[str, Array] = {}
     elsewhere: dict[str, dict[str, Any]] = {}
@@ -88,6 +90,7 @@ def keep(model: Model, weights: Mapping[str, Array]) -> tuple[dict[str, Any], di
             elsewhere[name] = {"array": f"model/{name}"}
     described = {
         "config": config,
+        "base": base,
         "edits": [_plain(asdict(e)) for e in model.edits],
         "settings": {k: _plain(v) for k, v in model.settings.items() if not callable(v)},
         "files": _files(model),
@@ -163,7 +166,7 @@ def reload(path: Path) -> Model:
     described = description(bundle)
     source = bundle.manifest["source"]
     edits = [_edit(e, path) for e in described["edits"]]
-    module = skeleton(str(source.get("architecture")), described["config"])
+    module = skeleton(str(source.get("architecture")), {**described["config"], **described["base"]})
     family = next(f for f in FAMILIES if source["architecture"] in f.architectures)
     tokenizer = read_tokenizer(path / TOKENIZER)
     with tempfile.TemporaryDirectory() as folder:
@@ -174,6 +177,7 @@ def reload(path: Path) -> Model:
             raise BundleError(f"{path}: its settings can't be used ({error}). Get it again from its source.") from None
     _replay_(module, edits, path)
     _fill_(module, described["tensors"], path)
+    _configure_(module.config, {k: described["config"].get(k) for k in described["base"]})
     module.eval()
     if family.bind is not None:
         family = family.bind(family, module, settings)
@@ -190,7 +194,9 @@ def description(bundle: Bundle) -> dict[str, Any]:
             f"{bundle.path} holds no description of its PyTorch model: it has frozen classes, or an older packlight wrote "
             "it. `packlight apply` of its plan to the original gives one that does."
         )
-    kinds = {"config": dict, "edits": list, "settings": dict, "files": dict, "tensors": dict}
+    if isinstance(found, dict):
+        found = {"base": {}, **found}
+    kinds = {"config": dict, "base": dict, "edits": list, "settings": dict, "files": dict, "tensors": dict}
     if not isinstance(found, dict) or not all(isinstance(found.get(k), kind) for k, kind in kinds.items()):
         raise BundleError(f"{bundle.path}: the manifest's 'model' must be an object with {', '.join(_KEYS)}.")
     strange = set(found["files"]) - set(FILES)
@@ -256,6 +262,16 @@ def _replay_(module: nn.Module, edits: list[Edit], path: Path) -> None:
                 replace_(module, edit)
         except (PlanError, *_BROKEN) as error:
             raise BundleError(f"{path}: the edit of {edit.path} does not fit the model ({error}).") from None
+
+
+def _configure_(config: Any, values: dict[str, Any]) -> None:
+    """Write values into a config, also into the configs of its towers."""
+    for key, value in values.items():
+        inner = getattr(config, key, None)
+        if isinstance(value, dict) and hasattr(inner, "to_dict"):
+            _configure_(inner, {k: v for k, v in value.items() if k not in ("model_type", *_IDLE)})
+        else:
+            setattr(config, key, value)
 
 
 def _fill_(module: nn.Module, elsewhere: dict[str, Any], path: Path) -> None:

@@ -8,7 +8,9 @@ they are exported (`packlight.layers`), and this file says what each becomes:
 - codes with float activations: a cast, a product with the scale, a float MatMul;
 - groups: MatMulNBits with integer arithmetic inside (accuracy_level 4; level 0 is 20 to 50 times slower at 8 bits);
 - tables: a Gather of codes;
-- attention without a mask: MultiHeadAttention, which never holds all scores at once; with a bias it does hold them.
+- attention without a mask: MultiHeadAttention, which never holds all scores at once; with a bias, or a mask that all
+  samples and heads share, it does hold them. The decoder's own attention is such a one: fused, a token of Whisper tiny.en
+  takes 0.87 of the time on one thread, 0.81 on two.
 """
 
 import contextlib
@@ -133,8 +135,9 @@ def _attention(query: Any, key: Any, value: Any, bias: Any, scale: float) -> Any
     def rows(x: Any) -> Any:  # [batch, heads, time, size] to [batch, time, heads * size]
         return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, -1, int(heads) * int(size)]))
 
-    # One query reads its keys as the cache holds them; many take the kernel that goes block by block, which wants rows.
-    many = bias is not None or (isinstance(length, int) and length > 1)
+    # Queries of a step read their keys as the cache holds them; many take the kernel that goes block by block, which
+    # wants rows.
+    many = (isinstance(length, int) and length > 1) or (bias is not None and length == key.shape[2])
     inputs = (rows(query), rows(key), rows(value)) if many else (rows(query), key, value)
     if bias is None:
         made = _ATTENTION(*inputs, num_heads=int(heads), scale=scale)
@@ -258,12 +261,16 @@ def _forget_traces(model: ir.Model) -> None:
 
 def _is_bias(mask: torch.Tensor) -> bool:
     """Whether a mask is a sum that all samples and heads share, as MultiHeadAttention takes it."""
-    return mask.is_floating_point() and mask.dim() == 4 and tuple(mask.shape[:2]) == (1, 1)
+    return mask.is_floating_point() and _is_shared(mask)
+
+
+def _is_shared(mask: torch.Tensor) -> bool:
+    return mask.dim() == 4 and tuple(mask.shape[:2]) == (1, 1)
 
 
 @contextlib.contextmanager
 def _fused_attention(root: torch.nn.Module) -> Iterator[None]:
-    """Let the attention of a transformers model call our operator where it is not causal."""
+    """Let the attention of a transformers model call our operator where its mask is a sum, or none and not causal."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -273,7 +280,9 @@ def _fused_attention(root: torch.nn.Module) -> Iterator[None]:
     ) -> tuple[Any, None]:
         causal = rest.get("is_causal")
         causal = getattr(module, "is_causal", False) if causal is None else causal
-        if causal or not (mask is None or _is_bias(mask)):
+        if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and _is_shared(mask):
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -1e9)  # the same sum for all layers
+        elif causal or not (mask is None or _is_bias(mask)):
             return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **rest)
         return torch.ops.packlight.attention(query, key, value, mask, scaling).transpose(1, 2), None
 

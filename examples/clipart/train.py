@@ -2,7 +2,8 @@
 
 EfficientNet-Lite0 and MiniLM-L6 meet in a common space by the symmetric contrastive loss of CLIP (Radford et al. 2021,
 arXiv 2103.00020). First the projections learn alone on frozen towers, then the last blocks of both towers with them
-(locked-image tuning turned both ways: Zhai et al. 2022, arXiv 2111.07991). Interrupted, the command goes on.
+(locked-image tuning turned both ways: Zhai et al. 2022, arXiv 2111.07991). Interrupted, the command
+keeps the features it has.
 """
 
 import argparse
@@ -40,9 +41,10 @@ class Recipe:
         rate, tune: learning rates of the projections and of the blocks.
         layers: last layers of the text tower that learn.
         seed: of everything that is drawn.
+        drawings: the first so many train; 0 for all.
     """
 
-    views: int = 2
+    views: int = 4
     batch: int = 256
     first: int = 15
     then: int = 8
@@ -50,6 +52,11 @@ class Recipe:
     tune: float = 1e-4
     layers: int = 2
     seed: int = 0
+    drawings: int = 0
+
+
+QUICK = Recipe(views=0, first=40, then=0, drawings=2000)  # two minutes of computing; the towers stay as published
+_VARIANTS = 2  # sets of words per drawing while the towers are frozen
 
 
 # Words --------------------------------------------------------------------------------------------------------------
@@ -126,12 +133,12 @@ class Work:
     tokenizer: Any
 
 
-def epoch(model: MobileDual, work: Work, recipe: Recipe, number: int, step: Callable[[Tensor], None], tuned: bool) -> float:
+def epoch(model: MobileDual, work: Work, recipe: Recipe, number: int, step: Callable[[Tensor], None]) -> float:
     """One pass over all drawings, each in one view and with some of its words. Returns the mean loss."""
     draw, total, count = random.Random(recipe.seed * 1000 + number), 0.0, 0
     order = list(range(len(work.rows)))
     draw.shuffle(order)
-    frozen = len(model.text_model.encoder.layer) - (recipe.layers if tuned else 0)
+    frozen = len(model.text_model.encoder.layer) - recipe.layers
     for first in range(0, len(order) - recipe.batch + 1, recipe.batch):
         chosen = order[first : first + recipe.batch]
         x = np.stack([work.cached[draw.randrange(len(work.cached))][i] for i in chosen])
@@ -162,12 +169,13 @@ def groups(model: MobileDual, recipe: Recipe, tuned: bool) -> list[dict[str, Any
     return chosen
 
 
-def stage(model: MobileDual, work: Work, recipe: Recipe, tuned: bool, report: Callable[[int, float], None]) -> None:
-    """Train for the epochs of one part, the rate falling along a cosine after a short rise."""
-    epochs = recipe.then if tuned else recipe.first
-    optimizer = torch.optim.AdamW(groups(model, recipe, tuned), weight_decay=0.05)
-    steps = epochs * (len(work.rows) // recipe.batch)
-    curve = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in optimizer.param_groups], steps, pct_start=0.1)
+def tune(model: MobileDual, work: Work, recipe: Recipe, report: Callable[[int, float], None]) -> None:
+    """Train the last blocks of both towers with the projections, the rate falling along a cosine after a short rise."""
+    optimizer = torch.optim.AdamW(groups(model, recipe, True), weight_decay=0.05)
+    steps = recipe.then * (len(work.rows) // recipe.batch)
+    curve = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [g["lr"] for g in optimizer.param_groups], steps, pct_start=0.1
+    )
 
     def step(loss: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -175,8 +183,61 @@ def stage(model: MobileDual, work: Work, recipe: Recipe, tuned: bool, report: Ca
         optimizer.step()
         curve.step()
 
-    for i in range(epochs):
-        report(i, epoch(model, work, recipe, i + 1000 * tuned, step, tuned))
+    for i in range(recipe.then):
+        report(i, epoch(model, work, recipe, i, step))
+
+
+@torch.inference_mode()
+def frozen_vectors(model: MobileDual, work: Work, recipe: Recipe) -> tuple[list[Tensor], list[Tensor]]:
+    """What the towers say before they learn: ([drawings, head] per view, [drawings, width] per set of words)."""
+    pictures = []
+    for cached in work.cached:
+        made = []
+        for first in range(0, len(cached), 64):
+            x = torch.from_numpy(cached[first : first + 64].astype(np.float32))
+            for block in model.vision_model.blocks[views.CUT :]:
+                x = block(x)
+            made.append(model.vision_model.pool(x))
+        pictures.append(torch.cat(made))
+    draw, texts = random.Random(recipe.seed), []
+    for variant in range(_VARIANTS):
+        said = [r["text"] if variant == 0 else words(r, draw) for r in work.rows]
+        order = sorted(range(len(said)), key=lambda i: len(said[i]))  # texts of one length need no padding
+        found = torch.empty(len(said), model.text_projection.in_features)
+        for first in range(0, len(order), 64):
+            some = order[first : first + 64]
+            batch = tokens(work.tokenizer, [said[i] for i in some])
+            found[some] = mean_of(model.text_model(**batch).last_hidden_state, batch["attention_mask"])
+        texts.append(found)
+    return pictures, texts
+
+
+def project(model: MobileDual, work: Work, recipe: Recipe) -> list[float]:
+    """Train the projections and the scale alone. Returns the mean loss of each epoch."""
+    pictures, texts = (([t.clone() for t in found]) for found in frozen_vectors(model, work, recipe))
+    generator = torch.Generator().manual_seed(recipe.seed)
+    chosen = groups(model, recipe, False)
+    optimizer = torch.optim.AdamW(chosen, weight_decay=0.05)
+    size = min(recipe.batch, len(work.rows))
+    steps = recipe.first * (len(work.rows) // size)
+    curve = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, steps, pct_start=0.1)
+    names = np.array([r["text"] for r in work.rows])
+    losses = []
+    for i in range(recipe.first):
+        order, total = torch.randperm(len(names), generator=generator), []
+        for first in range(0, len(order) - size + 1, size):
+            some = order[first : first + size]
+            same = torch.from_numpy(names[some][:, None] == names[some][None])
+            x = nn.functional.normalize(model.visual_projection(pictures[i % len(pictures)][some]), dim=-1)
+            y = nn.functional.normalize(model.text_projection(texts[i % len(texts)][some]), dim=-1)
+            loss = contrastive(x, y, model.logit_scale.exp(), same)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            curve.step()
+            total.append(float(loss.detach()))
+        losses.append(sum(total) / len(total))
+    return losses
 
 
 # Measuring ----------------------------------------------------------------------------------------------------------
@@ -201,37 +262,34 @@ def prepared(root: Path, work: Path, model: MobileDual, recipe: Recipe, folder: 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     parts = []
     for name, numbers in (("train", range(recipe.views + 1)), ("validation", range(1))):
-        rows = data.rows_of(root / name)
+        rows = data.rows_of(root / name)[: recipe.drawings or None if name == "train" else None]
         files = [root / name / r["file_name"] for r in rows]
         cached = []
         for view in numbers:
             began = time.perf_counter()
-            cached.append(views.features(model, files, view, work / f"{name}-{view}.npy"))
+            cached.append(views.features(model, files, view, work / f"{name}-{len(rows)}-{view}.npy"))
             print(f"{name}, view {view}: {len(files)} pictures, {time.perf_counter() - began:.0f} s", flush=True)
         parts.append(Work(rows, cached, tokenizer))
     return parts[0], parts[1]
 
 
 def train(root: Path, work: Path, folder: Path, recipe: Recipe) -> None:
-    """Make the model's folder from the drawings under `root`; what can be used again is kept in `work`."""
+    """Make the model's folder from the drawings under `root`; features are kept in `work`."""
     model, config = towers.start(work, recipe.seed)
     towers.write_processing(folder, work)
     learn, check = prepared(root, work, model, recipe, folder)
-    for tuned in (False, True):
-        kept = work / f"stage-{int(tuned)}.pt"
-        if kept.is_file():
-            model.load_state_dict(torch.load(kept, weights_only=True))
-            continue
-        began = time.perf_counter()
+    began = time.perf_counter()
 
-        def report(i: int, loss: float, began: float = began, tuned: bool = tuned) -> None:
-            found = recall_at_10(model, check.rows, check.cached[0], check.tokenizer)
-            name = "last blocks" if tuned else "projections"
-            print(f"{name}, epoch {i + 1}: loss {loss:.3f}, recall@10 of {len(check.rows)} drawings {found:.1%}, "
-                  f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
+    def report(i: int, loss: float, name: str = "last blocks") -> None:
+        found = recall_at_10(model, check.rows, check.cached[0], check.tokenizer)
+        print(f"{name}, epoch {i + 1}: loss {loss:.3f}, recall@10 of {len(check.rows)} drawings {found:.1%}, "
+              f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
 
-        stage(model, learn, recipe, tuned, report)
-        torch.save(model.state_dict(), kept)
+    losses = project(model, learn, recipe)
+    report(recipe.first - 1, losses[-1], "projections")
+    write_module(folder, model, config)
+    if recipe.then:
+        tune(model, learn, recipe, report)
     write_module(folder, model, config)
 
 
@@ -241,13 +299,14 @@ def main() -> int:
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--data", type=Path, help="folder with train/ and validation/; made when absent")
     parser.add_argument("--work", type=Path, default=Path("demo/clipart"), help="folder for what can be used again")
+    parser.add_argument("--quick", action="store_true", help="projections alone, on 2,000 drawings")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     root = given.data or given.work / "drawings"
     if not (root / "train" / "metadata.jsonl").is_file():
         print("Getting Debian's package of Open Clip Art and rendering it.", flush=True)
         data.make(root, given.work, os.cpu_count() or 1)
-    train(root, given.work, given.out, Recipe())
+    train(root, given.work, given.out, QUICK if given.quick else Recipe())
     print(f"Wrote {given.out}. Measure it: packlight eval {given.out} --data {root / 'held-out'}")
     return 0
 

@@ -103,7 +103,7 @@ def render(item: tuple[str, bytes]) -> tuple[str, bytes, dict[str, Any]] | None:
         return None
     try:
         image = Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg.decode("utf-8", "replace"), background="#ffffff",
-                                                            skip_system_fonts=True, width=2 * SIDE)))  # fmt: skip
+                                                            skip_system_fonts=True, width=2 * SIDE, dpi=96.0)))  # fmt: skip
         image = image.convert("RGB")
     except (ValueError, OSError):
         return None

@@ -6,10 +6,14 @@ READY := .venv/ready
 MODEL ?= demo/whisper-tiny.en
 SAMPLES ?= demo/calibration
 
-.PHONY: demo test test-slow lint bench bakeoff ablation
+.PHONY: demo model-images test test-slow lint bench bakeoff ablation
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
+
+model-images: $(READY)
+	$(BIN)/pip install --quiet resvg-py==0.5.0
+	$(BIN)/python examples/clipart/train.py -o demo/clipart/model
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from packlight.errors import DataError
 from packlight.families import Attention, Batch, Family, Graph, Part, Tower, attention_at
 from packlight.families.dual_processing import read_processing, rows_of
+from packlight.families.mobile_dual import ARCHITECTURE, read_module
 from packlight.families.pretrained import from_transformers, tokenizer_json
 from packlight.images import read_image
 
@@ -53,7 +54,10 @@ def read(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any
     """
     import transformers
 
-    module = from_transformers(getattr(transformers, config["architectures"][0]), folder)
+    if config["architectures"][0] == ARCHITECTURE:
+        module: nn.Module = read_module(folder, config)
+    else:
+        module = from_transformers(getattr(transformers, config["architectures"][0]), folder)
     tokenizer = tokenizer_json(folder)
     return module, read_processing(folder, module, tokenizer), tokenizer
 
@@ -300,6 +304,7 @@ FAMILY = Family(
         "AlignModel",
         "MetaClip2Model",
         "VisionTextDualEncoderModel",
+        ARCHITECTURE,
     ),
     modalities=("image", "text"),
     task="image-text",

@@ -141,7 +141,7 @@ def test_two_towers_learn_from_two_towers(tmp_path: Path) -> None:
     model = load(str(save_dual(tmp_path / "model", "clip")))
     from packlight.families.dual_encoder import Pair
 
-    pairs = [Pair(picture(i), (f"{'red green blue dark light'.split()[i % 5]} dot",)) for i in range(32)]
+    pairs = [Pair(picture(i), (f"{['red', 'green', 'blue', 'dark', 'light'][i % 5]} dot",)) for i in range(32)]
     data = [model.family.prepare(model.module, pairs[k : k + 4], [], [], model.settings) for k in range(0, 32, 4)]
     student = replace(model, module=copy.deepcopy(model.module))
     for layer in student.module.vision_model.encoder.layers:

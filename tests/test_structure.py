@@ -61,6 +61,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fitting",),
     ("sweeping", "cli_web"),
     ("cli", "__init__"),
+    ("__main__",),
 )
 LIGHT = ("packlight", "packlight.cli", "packlight.serve", "packlight.bundle", "packlight.codec", "packlight.plan")
 HEAVY = ("torch", "transformers", "onnx", "onnxscript")

@@ -125,8 +125,24 @@ def test_plans_in_the_docs_are_read() -> None:
     from packlight.plan import plan_from_dict
 
     found = [json.loads(b) for page in PAGES for b in blocks(page, "json")]
-    plans = [plan_from_dict(v if "steps" in v else {"steps": [v]}) for v in found]
+    plans = [plan_from_dict(v if "steps" in v else {"steps": [v]}) for v in found if {"steps", "technique"} & set(v)]
     assert len(plans) >= 5
+
+
+def test_students_in_the_docs_are_built() -> None:
+    pytest.importorskip("torch")
+    from packlight.families.whisper import FAMILY, tiny
+    from packlight.inheriting import student
+    from packlight.model import Model
+
+    found = [json.loads(b) for b in blocks(ROOT / "docs" / "howto" / "distill.md", "json")]
+    described = [v for v in found if not {"steps", "technique"} & set(v)]
+    assert described
+    module = tiny(encoder_layers=4, decoder_layers=4, encoder_ffn_dim=1536, decoder_ffn_dim=1536)
+    for description in described:
+        shape = {k: v for k, v in description.items() if k not in ("distill", "scope", "audio_context")}
+        made = student(Model(module, FAMILY, None, "", {}), shape)  # type: ignore[arg-type]
+        assert made.module.config.decoder_layers == 2
 
 
 def test_howto_pages_cover_every_technique_and_setting() -> None:

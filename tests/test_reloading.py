@@ -196,6 +196,20 @@ def test_a_model_with_fewer_layers_is_transformers_own(tmp_path: Path) -> None:
     assert load_folder(str(unpack(bundle, tmp_path / "folder").path)).module.config.encoder_layers == 1
 
 
+@pytest.mark.skipif("low_rank" not in KINDS, reason="no step factors layers yet")
+def test_factors_and_narrower_layers_come_back_by_packlight_alone(tmp_path: Path) -> None:
+    model = load_folder(str(save_model(tmp_path / "model")))
+    model.edit_(Edit("model.encoder.layers.0.fc1", "low_rank", {"rank": 16}))
+    block = "model.encoder.layers.1"
+    args = {"keep": 96, "size": 1, "rows": [f"{block}.fc1"], "columns": f"{block}.fc2", "attributes": {}}
+    model.edit_(Edit(block, "hidden", args))
+    bundle = deploy(model, Plan((Step("float16"),), "whisper"), [], tmp_path / "bundle", None, "transcribe").path
+    assert open_bundle(bundle).manifest["reload"] == "packlight"
+    again = packlight.load(str(bundle))
+    with torch.no_grad():
+        assert torch.equal(again.family.run(again.module, probe(model)), model.family.run(model.module, probe(model)))
+
+
 # Hostile manifests --------------------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "result",
         "web_*",
     ),
-    ("applying", "inspecting", "benching", "answering", "freezing", "teaching"),
+    ("applying", "inspecting", "benching", "answering", "freezing", "speeding", "teaching"),
     ("web",),
     ("fitting",),
     ("sweeping", "cli_web"),

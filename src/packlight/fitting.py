@@ -27,7 +27,7 @@ from packlight.compress import check, compress_, old_ids
 from packlight.data import Dataset, check_disjoint, prompted, read_dataset, split
 from packlight.deploy import deploy, ladder, parity, versions
 from packlight.errors import DataError, TargetError
-from packlight.evaluate import TIMED, answers, languages, spread, time_pair
+from packlight.evaluate import TIMED, Asked, answers, languages, spread, time_pair
 from packlight.families import Batch
 from packlight.loading import load
 from packlight.measure import machine, measure
@@ -38,6 +38,7 @@ from packlight.report import write_report
 from packlight.scoring import SCORES
 from packlight.sensitivity import Level, activations, contexts, measure_grams, profile, prunings, sensitivity
 from packlight.serve import open_served
+from packlight.speeding import Slow, lighter
 from packlight.target import Target
 from packlight.verdict import conclude
 from packlight.vocabulary_usage import has_word_list, read_texts, texts_sha256
@@ -211,7 +212,17 @@ def _languages(run: Run) -> list[str]:
     return [language] if has_word_list(language) else []  # the report's plan then has no such step
 
 
-def _search(run: Run, plans: Sequence[Plan]) -> list[dict[str, Any]]:
+def _lighter(run: Run, plan: Plan, outcome: dict[str, Any]) -> list[Plan]:
+    """The plan with fewer operations, as many as the measured times ask for; none where the model has none to give."""
+    assert run.target.latency is not None
+    slow = Slow(plan, run.work / plan.key[:12] / "bundle", outcome["timing"]["after"], run.target.latency)
+    asked = Asked(run.options.language, _task(run), threads_of(run.options, run.target.device))
+    contents = [run.model.family.open_input(s.path, s.texts) for s in spread(run.evaluation, 5)]
+    found = lighter(run.model, slow, contents, asked, divide(run.batches), run.work / "pruning.jsonl", run.progress)
+    return [] if found is None else [found]
+
+
+def _search(run: Run, plans: list[Plan]) -> list[dict[str, Any]]:
     """Try plans until one meets the target, or until none is left that could."""
     tried: dict[str, dict[str, Any]] = {}
 
@@ -230,17 +241,19 @@ def _search(run: Run, plans: Sequence[Plan]) -> list[dict[str, Any]]:
         fits = [p for p in left if limit is None or p.expected["bytes"] + run.overhead <= limit]
         return sorted(fits, key=lambda p: -p.expected["bytes"])
 
-    # The best quality that fits; where it is too slow, that with a shorter context; where it loses too much, slower plans
-    # that lose less; and last the next smaller after all.
+    # The best quality that fits; where it is too slow, that with a shorter context, and then with fewer operations; where
+    # it loses too much, slower plans that lose less; and last the next smaller after all.
     faster = any(p.name.startswith("c") for p in plans)
-    kinds = ["p", "c", "f", "f", "p"] if faster else ["p", "f", "f", "p"]
+    kinds = ["p", "c", "s", "f", "f", "p"] if faster else ["p", "s", "f", "f", "p"]
     while kinds and len(tried) < _TRIES:
         left = fitting(kinds[0])
         if left:
             missed = attempt(left[0])["missed"]
             if not missed:
                 return list(tried.values())
-            if missed in (["latency"], ["memory"]) and not (faster and kinds[0] == "p"):
+            if "latency" in missed and kinds[1:2] == ["s"]:
+                plans += _lighter(run, left[0], tried[left[0].name])
+            if missed in (["latency"], ["memory"]) and not fitting(kinds[1] if len(kinds) > 1 else ""):
                 return list(tried.values())  # every plan that is left is larger or slower
         if not left or "size" not in missed:  # what turned out too large gives way to the next smaller
             kinds.pop(0)

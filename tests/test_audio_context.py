@@ -152,10 +152,10 @@ def test_a_latency_that_the_whole_window_misses_is_tried_with_a_shorter_context(
     target = packlight.Target(size=2_000_000, drop=0.9, latency=1e-6)
     found = packlight.fit(str(folder), data, target, tmp_path / "out", packlight.Options(threads=2))
     tried = found.result["tries"]
-    assert [t["plan"][0] for t in tried] == ["p", "c"]
+    assert [t["plan"][0] for t in tried][:2] == ["p", "c"]
     assert tried[1]["latency"] < tried[0]["latency"]
-    assert found.result["plan"]["steps"][0]["technique"] == "audio_context"
-    assert "positions stay" in found.result["plan"]["steps"][0]["reason"]
+    shorter = next(s for s in found.result["plan"]["steps"] if s["technique"] == "audio_context")
+    assert "positions stay" in shorter["reason"]
 
 
 def test_settings_that_drop_a_register_are_refused() -> None:

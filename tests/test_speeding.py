@@ -1,0 +1,45 @@
+"""A latency that quantization misses is met by fewer operations: how many, the measured times say."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+import packlight
+from packlight.plan import Plan, read_plan
+from packlight.speeding import Slow, share_to_prune
+from small_whisper import save_model, save_speech
+
+
+def slow(seconds: float, latency: float) -> Slow:
+    return Slow(Plan(()), Path(), seconds, latency)
+
+
+def test_the_share_is_what_the_times_ask_for() -> None:
+    assert share_to_prune(slow(1.0, 0.9), 1.0) == pytest.approx(0.15)  # 0.1 with what is spare, in steps of 0.05
+    assert share_to_prune(slow(1.0, 0.9), 0.5) == pytest.approx(0.25)  # only half of the time is the towers'
+    assert share_to_prune(slow(1.0, 1e-6), 1.0) == pytest.approx(0.6)  # never more
+    assert share_to_prune(slow(1.0, 0.99), 0.0) == pytest.approx(0.6)
+
+
+def test_a_latency_that_a_shorter_context_misses_is_tried_with_fewer_operations(tmp_path: Path) -> None:
+    folder, data = save_model(tmp_path / "model"), save_speech(tmp_path / "data")
+    target = packlight.Target(size=2_000_000, drop=0.9, latency=1e-6)
+    found = packlight.fit(str(folder), data, target, tmp_path / "out", packlight.Options(threads=2))
+    tried = found.result["tries"]
+    assert [t["plan"][0] for t in tried] == ["p", "c", "s"]
+    assert tried[1]["latency"] < tried[0]["latency"]
+    assert tried[2]["size"] < tried[1]["size"]
+    steps = found.result["plan"]["steps"]
+    assert {"audio_context", "prune_structure", "distill"} <= {s["technique"] for s in steps}
+    pruning = next(s for s in steps if s["technique"] == "prune_structure")
+    assert "for the latency" in pruning["reason"] and "60% asked for" in pruning["reason"]
+    # The bundle is whole, answers, and repeats: its plan is applied to the same bytes.
+    plan = read_plan(tmp_path / "out" / "plan.json")
+    again = packlight.apply(str(folder), plan, data, tmp_path / "again", packlight.Options(threads=2))
+    first = {
+        f.name: f.read_bytes() for f in (tmp_path / "out" / "bundle").iterdir() if f.suffix in (".onnx", ".safetensors")
+    }
+    second = {f.name: f.read_bytes() for f in again.iterdir() if f.suffix in (".onnx", ".safetensors")}
+    assert first == second

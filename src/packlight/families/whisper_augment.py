@@ -29,7 +29,8 @@ def vary(audio: np.ndarray, other: np.ndarray, seed: int, longest: float = 30.0)
     """
     draw = np.random.default_rng(seed)
     gain, noise, speed, later = (float(draw.uniform(*span)) for span in (_GAIN, _NOISE, _SPEED, (0, _LATER)))
-    made = np.interp(np.arange(0, len(audio) - 1, speed), np.arange(len(audio)), audio)
+    places = np.arange(0, len(audio) - 1, speed)
+    made = np.interp(places, np.arange(len(audio)), audio) if len(places) else audio
     gap = np.zeros(round(later * RATE))
     joined = np.concatenate([gap, made, gap, other])
     fits = draw.random() < _JOINED and len(joined) <= longest * RATE

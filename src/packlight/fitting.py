@@ -253,7 +253,7 @@ def _search(run: Run, plans: list[Plan]) -> list[dict[str, Any]]:
                 return list(tried.values())
             if "latency" in missed and kinds[1:2] == ["s"]:
                 plans += _lighter(run, left[0], tried[left[0].name])
-            if missed in (["latency"], ["memory"]) and not fitting(kinds[1] if len(kinds) > 1 else ""):
+            if missed in (["latency"], ["memory"]) and not (kinds[1:2] in (["c"], ["s"]) and fitting(kinds[1])):
                 return list(tried.values())  # every plan that is left is larger or slower
         if not left or "size" not in missed:  # what turned out too large gives way to the next smaller
             kinds.pop(0)

@@ -86,6 +86,8 @@ def lighter(
         f"for the latency: {slow.plan.name} took {slow.seconds * 1000:.0f} ms where {slow.latency * 1000:.0f} were asked for, "
         f"{taken:.0%} of it in these towers; {pruning.reason}"
     )
-    teaching = Step(DISTILL, {"epochs": _EPOCHS}, ("*",), "the original teaches what pruning left")
-    steps = (replace(pruning, reason=why), teaching, *slow.plan.steps)
+    # Words that the original was unsure of are left in: it is its answers that are imitated, not the words.
+    lesson = Step(DISTILL, {"epochs": _EPOCHS, "filter": False}, ("*",), "the original teaches what pruning left")
+    teaching = [lesson] if len(batches[0]) > 1 else []  # one sample can't teach and judge
+    steps = (replace(pruning, reason=why), *teaching, *slow.plan.steps)
     return replace(slow.plan, steps=steps, name=f"s{slow.plan.name[1:]}")

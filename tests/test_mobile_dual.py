@@ -179,8 +179,21 @@ def test_pairs_with_the_same_words_are_no_wrong_answers():
     assert float(train.contrastive(doubled, doubled, scale, torch.eye(3, dtype=torch.bool))) > 0.4
 
 
-def test_drawings_are_read_with_their_words_and_divided_by_the_hash_of_their_path():
-    assert data.order("a/b.svg") == "3a4985ad73ce44f88b6b172972ac68aeb949b8ece96464391095f5dccfb00ad6"
+def test_no_words_and_no_pixels_are_in_two_parts(monkeypatch):
+    monkeypatch.setattr(data, "HELD_OUT", 3)
+    monkeypatch.setattr(data, "VALIDATION", 2)
+    rows = [(f"{i}.svg", bytes([i % 9]), {"title": f"Series {i % 6}", "keywords": ["x"]}) for i in range(30)]
+    parts = data.divide(rows)
+    assert [len(parts["held-out"]), len(parts["validation"])] == [3, 2] and parts["train"]
+    for one, other in (("held-out", "validation"), ("held-out", "train"), ("validation", "train")):
+        assert not {data.words_of(r) for r in parts[one]} & {data.words_of(r) for r in parts[other]}
+    pixels = [row[1] for part in parts.values() for row in part]
+    assert len(pixels) == len(set(pixels))
+    assert data.divide(rows[::-1]) == parts  # whatever the order they come in
+
+
+def test_drawings_are_read_with_their_words():
+    assert data.order("A cat") == data.order("a CAT") != data.order("a dog")
     svg = b"""<svg xmlns="http://www.w3.org/2000/svg" xmlns:cc="http://web.resource.org/cc/"
      xmlns:dc="http://purl.org/dc/elements/1.1/" xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><metadata><rdf:RDF>
      <cc:Work><dc:title>A_cat</dc:title><dc:subject><rdf:Bag><rdf:li>pet</rdf:li><rdf:li>hash</rdf:li><rdf:li>pet</rdf:li>

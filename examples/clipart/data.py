@@ -25,6 +25,7 @@ URLS = (
     f"https://deb.debian.org/debian/pool/main/o/openclipart/{DEB}",
     f"https://snapshot.debian.org/archive/debian/20230610T031622Z/pool/main/o/openclipart/{DEB}",
 )
+Row = tuple[str, bytes, dict[str, Any]]  # source, JPEG, title and keywords
 SIDE = 256  # pixels of the longer side
 HELD_OUT, VALIDATION = 500, 250
 _SVG = "./usr/share/openclipart/svg/"
@@ -138,33 +139,45 @@ def text_of(title: str, keywords: Sequence[str]) -> str:
 # The folders --------------------------------------------------------------------------------------------------------
 
 
-def order(source: str) -> str:
-    """What drawings are divided by: the SHA-256 of the file's path in the package."""
-    return hashlib.sha256(source.encode()).hexdigest()
+def order(text: str) -> str:
+    """What drawings are divided by: the SHA-256 of their words, so that a series with the same words stays together."""
+    return hashlib.sha256(text.casefold().encode()).hexdigest()
+
+
+def divide(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """'held-out', 'validation' and 'train': by the smallest hashes of the words, no words in two parts, no pixels twice."""
+    left = sorted(rows, key=lambda row: (order(words_of(row)), row[0]))
+    parts: dict[str, list[Row]] = {}
+    seen: set[str] = set()
+    for name, count in (("held-out", HELD_OUT), ("validation", VALIDATION), ("train", len(left))):
+        part: list[Row] = []
+        while left and len(part) < count:
+            row = left.pop(0)
+            pixels = hashlib.sha256(row[1]).hexdigest()
+            if pixels not in seen:
+                seen.add(pixels)
+                part.append(row)
+        taken = {words_of(row).casefold() for row in part}
+        left = [row for row in left if words_of(row).casefold() not in taken]
+        parts[name] = part
+    return parts
+
+
+def words_of(row: Row) -> str:
+    """All words of a rendered drawing."""
+    return text_of(row[2]["title"], row[2]["keywords"])
 
 
 def make(folder: Path, work: Path, workers: int) -> None:
-    """Write `folder/held-out`, `/validation` and `/train` in the imagefolder layout.
-
-    The drawings with the smallest hashes are held out, the next validate, the others train. A drawing whose pixels are
-    those of one in an earlier part is left out of the later.
-    """
+    """Write `folder/held-out`, `/validation` and `/train`, as `divide` makes them, in the imagefolder layout."""
     with ProcessPoolExecutor(workers) as pool:
         done = pool.map(render, drawings(package(work)), chunksize=32)
-        rendered = sorted((r for r in done if r is not None), key=lambda r: order(r[0]))
-    seen: set[str] = set()
-    rows: list[tuple[str, bytes, dict[str, Any]]] = []
-    for row in rendered:
-        pixels = hashlib.sha256(row[1]).hexdigest()
-        if pixels not in seen:
-            seen.add(pixels)
-            rows.append(row)
-    cuts = {"held-out": rows[:HELD_OUT], "validation": rows[HELD_OUT : HELD_OUT + VALIDATION]}
-    for name, part in {**cuts, "train": rows[HELD_OUT + VALIDATION :]}.items():
+        parts = divide([row for row in done if row is not None])
+    for name, part in parts.items():
         save(folder / name, part)
 
 
-def save(folder: Path, rows: Sequence[tuple[str, bytes, dict[str, Any]]]) -> None:
+def save(folder: Path, rows: Sequence[Row]) -> None:
     """Write one part; its metadata last, so that a folder that has it is whole."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = []

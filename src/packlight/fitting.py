@@ -231,7 +231,7 @@ def _search(run: Run, plans: list[Plan]) -> list[dict[str, Any]]:
             tried[plan.name] = found = _attempt(run, plan)
             row = {key: found[key] for key in ("plan", "size", "quality", "timing", "process", "missed")}
             append_line(run.out / "log.jsonl", row)
-            run.overhead = int(tried[plan.name]["size"] - plan.expected["bytes"])
+            run.overhead = int(found["size"] - plan.expected["bytes"]) if plan.name[0] != "s" else run.overhead
         return tried[plan.name]
 
     def fitting(kind: str) -> list[Plan]:

@@ -55,7 +55,7 @@ def assemble(
         "certificate": certify(layers),
         "front": [{"plan": p.name, "bytes": p.expected["bytes"] + run.overhead, "kl": p.expected["kl"],
                    "chosen": p.name == plan.name, "measured": _measured(p, tried)} for p in plans
-                  if p.name[0] in (plan.name[0], "f")],
+                  if p.name[0] in _front_of(plan, plans)],
         "tries": [{"plan": t["plan"], "size": t["size"], "difference": t["quality"]["difference"], "low": t["quality"]["low"],
                    "high": t["quality"]["high"], "latency": t["timing"]["after"], "met": not t["missed"],
                    "missed": t["missed"]} for t in tried],
@@ -120,6 +120,12 @@ def _parts(profile: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]])
                      "after": int(bits / 8), "rate": bits / count if count else None,
                      "share_of_multiply_adds": part["share_of_multiply_adds"]})  # fmt: skip
     return rows
+
+
+def _front_of(plan: Plan, plans: Sequence[Plan]) -> str:
+    """First letters of the names of the plans that are shown with one: a plan with fewer operations has no front of its own."""
+    base = ("c" if any(p.name[0] == "c" for p in plans) else "p") if plan.name[0] == "s" else ""
+    return f"{plan.name[0]}{base}f"
 
 
 def _measured(plan: Plan, tried: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

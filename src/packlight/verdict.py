@@ -110,6 +110,11 @@ def verdict_text(result: dict[str, Any], out: Path) -> str:
 
 _WHOLE = {
     "audio_context": "audio context to length",
+    "separable_convolution": "separable convolutions",
+    "grouped_convolution": "grouped convolutions",
+    "prune_structure": "heads, units and blocks pruned",
+    "low_rank": "low rank",
+    "distill": "taught by the original",
     "prune_vocabulary": "vocabulary pruned",
     "tune_scales": "scales tuned",
 }  # techniques of whole models, in words

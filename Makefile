@@ -6,10 +6,14 @@ READY := .venv/ready
 MODEL ?= demo/whisper-tiny.en
 SAMPLES ?= demo/calibration
 
-.PHONY: demo model-images test test-slow lint bench bakeoff ablation
+.PHONY: demo demo-images model-images test test-slow lint bench bakeoff ablation
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
+
+demo-images: $(READY)
+	$(BIN)/pip install --quiet resvg-py==0.5.0
+	$(BIN)/python examples/demo_images.py
 
 model-images: $(READY)
 	$(BIN)/pip install --quiet resvg-py==0.5.0

@@ -115,6 +115,10 @@ def test_the_bundle_gives_the_originals_vectors_without_torch(tmp_path, codes):
     deploy(model, plan, records, tmp_path / "bundle", None, "")
     device = open_served(tmp_path / "bundle", 1)
     assert parity(model, device, [batch])["passed"]
+    again = packlight.load(str(tmp_path / "bundle"))  # the bundle as a PyTorch model
+    with torch.no_grad():
+        assert torch.equal(again.family.run(again.module, batch), model.family.run(model.module, batch))
+    assert device.bundle.manifest["reload"] == "packlight"
     original = packlight.load(str(folder))
     for asked in ((picture(3), texts), (np.zeros((1, 1, 3), np.uint8), texts[:1])):
         theirs = np.array(original.family.answer(original.module, asked, original.settings))

@@ -83,9 +83,10 @@ def calibration_batches(
     options: Options,
     work: Path,
     progress: Progress | None,
-    limit: int = OBSERVED + JUDGED,
+    limit: int | None = None,
 ) -> list[Batch]:
-    """Teacher-forced batches of calibration samples, `limit` at most, with the original's own words."""
+    """Teacher-forced batches of calibration samples with the original's own words; `limit` at most, None for as many as a fit takes."""
+    limit = OBSERVED + JUDGED if limit is None else limit
     family = model.family
     if family.group > 1:
         return _grouped(model, calibration, limit)

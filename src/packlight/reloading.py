@@ -23,6 +23,7 @@ from packlight import loading
 from packlight.bundle import Bundle, is_bundle, open_bundle, verify
 from packlight.codec import read_weights
 from packlight.errors import BundleError, PlanError
+from packlight.families.mobile_dual import ARCHITECTURE, MobileDual
 from packlight.layers import KINDS, Edit, dense, is_compressed, replace_
 from packlight.model import Model, Source
 from packlight.plan import write_json
@@ -100,7 +101,9 @@ def keep(model: Model, weights: Mapping[str, Array]) -> tuple[dict[str, Any], di
 
 
 def expressible(model: Model) -> bool:
-    """Whether the architecture, with the model's config, has exactly the model's weights."""
+    """Whether an architecture of transformers, with the model's config, has exactly the model's weights."""
+    if model.source.architecture == ARCHITECTURE:
+        return False
     try:
         fresh = skeleton(model.source.architecture, _config(model))
     except BundleError:
@@ -219,9 +222,11 @@ def skeleton(architecture: str, config: dict[str, Any]) -> nn.Module:
         raise BundleError(
             f"The manifest's config has more than {_MOST_LAYERS} layers ({deep[0]}); that can't be right."
         )
-    kind = getattr(transformers, architecture)
     try:
         with torch.device("meta"):
+            if architecture == ARCHITECTURE:  # ours, which transformers does not know
+                return MobileDual(config).eval()
+            kind = getattr(transformers, architecture)
             module: nn.Module = kind(kind.config_class.from_dict({k: v for k, v in config.items() if k != "auto_map"}))
     except _BROKEN as error:
         raise BundleError(f"The manifest's config gives no {architecture}: {str(error).splitlines()[0]}.") from None

@@ -9,8 +9,8 @@ sentence encoders take it (Reimers and Gurevych 2019, arXiv 1908.10084).
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -94,6 +94,32 @@ class EfficientNetLite(nn.Module):
         return cast(Tensor, self.head(x)).mean((2, 3))
 
 
+@dataclass
+class MobileDualConfig:
+    """The config of a `MobileDual`, with the face of one of transformers.
+
+    Args:
+        text_config: of the BERT.
+        vision_config: 'stem', 'head' and 'stages' of the EfficientNet-Lite.
+        projection_dim: width of the common space.
+    """
+
+    text_config: Any
+    vision_config: dict[str, Any]
+    projection_dim: int
+    model_type: str = "packlight-dual-encoder"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return {
+            "architectures": [ARCHITECTURE],
+            "model_type": self.model_type,
+            "text_config": self.text_config.to_dict(),
+            "vision_config": self.vision_config,
+            "projection_dim": self.projection_dim,
+        }
+
+
 class MobileDual(nn.Module):
     """Both towers and their projections, with the face of a dual encoder of transformers.
 
@@ -112,7 +138,7 @@ class MobileDual(nn.Module):
         self.visual_projection = nn.Linear(vision["head"], wide, bias=False)
         self.text_projection = nn.Linear(text.hidden_size, wide, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.05)))
-        self.config = SimpleNamespace(model_type="packlight-dual-encoder", text_config=text)
+        self.config = MobileDualConfig(text, dict(vision), wide)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Vectors [n, projection_dim] of pictures [n, 3, height, width]."""

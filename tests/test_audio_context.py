@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import packlight
 from packlight.bundle import open_bundle
 from packlight.compress import check, compress_
 from packlight.context import AudioContext, places, spoken_positions
@@ -145,17 +144,6 @@ def test_measuring_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(run(model.module, batch), before)
     assert contexts(model, [], tmp_path / "contexts.jsonl") == found  # an earlier run's are taken up
-
-
-def test_a_latency_that_the_whole_window_misses_is_tried_with_a_shorter_context(tmp_path: Path) -> None:
-    folder, data = save_model(tmp_path / "model"), save_speech(tmp_path / "data")
-    target = packlight.Target(size=2_000_000, drop=0.9, latency=1e-6)
-    found = packlight.fit(str(folder), data, target, tmp_path / "out", packlight.Options(threads=2))
-    tried = found.result["tries"]
-    assert [t["plan"][0] for t in tried][:2] == ["p", "c"]
-    assert tried[1]["latency"] < tried[0]["latency"]
-    shorter = next(s for s in found.result["plan"]["steps"] if s["technique"] == "audio_context")
-    assert "positions stay" in shorter["reason"]
 
 
 def test_settings_that_drop_a_register_are_refused() -> None:

@@ -41,7 +41,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "sensitivity",
         "planner",
         "compress",
-        "reconvolving",
         "restructuring",
         "pruning_plan",
         "evaluate",

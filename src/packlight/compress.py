@@ -22,7 +22,6 @@ from packlight.layers import Edit
 from packlight.model import Model
 from packlight.plan import Plan, Step, StepRecord, write_json
 from packlight.quant import bound, distortion
-from packlight.reconvolving import check_reconvolving, reconvolve_
 from packlight.restructuring import check_restructuring, needing_samples, restructure_
 from packlight.tables import TECHNIQUES
 from packlight.techniques import Compressed, Technique
@@ -95,7 +94,6 @@ def check(plan: Plan, model: Model, calibration: str | None = None) -> dict[str,
     context = _config_of(plan, AUDIO_CONTEXT)
     if context is not None:
         check_context(model, context)
-    check_reconvolving(plan, model)
     check_restructuring(plan, model)
     distilling = _step_of(plan, DISTILL)
     if distilling is not None:
@@ -161,7 +159,6 @@ def compress_(
     context = _config_of(plan, AUDIO_CONTEXT)
     if context is not None:
         shorten_(model, context)
-    reconvolve_(model, plan, batches, work)
     restructure_(model, plan, batches, work)
     found = _moved(model, found)
     if original is not None:

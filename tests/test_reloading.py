@@ -86,7 +86,7 @@ def test_a_bundle_becomes_the_model_that_was_deployed(pair: tuple[Model, Path]) 
         again.family.run(again.module, batch), model.family.run(model.module, batch), atol=1e-6, rtol=0
     )
     assert again.settings == model.settings
-    assert again.tokenizer == model.tokenizer
+    assert json.loads(again.tokenizer) == json.loads(model.tokenizer)
     assert again.edits == model.edits
     assert again.source.architecture == "WhisperForConditionalGeneration"
     assert not any(p.is_meta for p in [*again.module.parameters(), *again.module.buffers()])

@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "bundle",
         "codec",
         "audio",
+        "byte_pairs",
         "context",
         "images",
         "texts",

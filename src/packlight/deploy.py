@@ -11,6 +11,7 @@ import torch
 
 import packlight
 from packlight.bundle import Bundle, open_bundle, verify, write_bundle
+from packlight.byte_pairs import without_merges
 from packlight.codec import write_weights
 from packlight.families import Batch, Graph
 from packlight.layers import CodeLinear
@@ -65,11 +66,14 @@ def deploy(
         **described,
     }
 
+    # What only writes text needs no merges, and they can be had back.
+    tokenizer = model.tokenizer if model.family.words is None else without_merges(model.tokenizer)
+
     def fill(folder: Path) -> None:
         for name, data in graphs.items():
             (folder / f"{name}.onnx").write_bytes(data)
         write_weights(folder / WEIGHTS, weights, users)
-        (folder / TOKENIZER).write_bytes(gzip.compress(model.tokenizer.encode("utf-8"), 9, mtime=0))
+        (folder / TOKENIZER).write_bytes(gzip.compress(tokenizer.encode("utf-8"), 9, mtime=0))
         (folder / "README.md").write_text(_card(model, plan), encoding="utf-8")
 
     return write_bundle(path, manifest, fill)

@@ -28,7 +28,7 @@ from packlight.windows import is_matrix, matrix, unmatrix
 
 Progress = Callable[[str, int, int], None]
 
-MEASURED: tuple[float | None, ...] = (None, 4.0, 3.0, 2.25)  # bits per weight; None is the finest grid
+MEASURED: tuple[float | None, ...] = (None, 4.0, 3.0, 2.25, 1.75)  # bits per weight; None is the finest grid
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ class Pruning:
     step: Step | None = None
 
 
-_SHARES = (0.5, 0.4, 0.32, 0.25)  # of the rows that a pruned vocabulary keeps
+_SHARES = (0.9, 0.75, 0.5, 0.4, 0.32, 0.25)  # of the rows that a pruned vocabulary keeps
 _LARGE = 0.2  # share of all parameters from which a table is worth pruning
 
 

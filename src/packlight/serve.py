@@ -13,6 +13,7 @@ import numpy as np
 
 from packlight.audio import read_audio
 from packlight.bundle import Bundle, open_bundle, verify
+from packlight.byte_pairs import speller, with_merges
 from packlight.codec import read_weights
 from packlight.errors import BundleError, DataError
 from packlight.images import read_image
@@ -20,7 +21,7 @@ from packlight.runtimes.onnx import Opened, open_graphs
 from packlight.serving import dual_encoder
 from packlight.serving.dual_encoder import Encoder
 from packlight.serving.whisper import Settings, Transcript, transcribe
-from packlight.texts import tokenizer_of
+from packlight.texts import tokenizer_decoder, tokenizer_of
 
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json.gz"
@@ -180,7 +181,14 @@ def _check_parts(path: Path, parts: dict[str, Opened], settings: Settings) -> No
 
 
 def read_tokenizer(file: Path) -> str:
-    """The text of a bundle's tokenizer. Raises BundleError."""
+    """The text of a bundle's tokenizer.json, merges included. Raises BundleError."""
+    try:
+        return with_merges(_unzipped(file))
+    except ValueError as error:
+        raise BundleError(f"{file} holds no readable tokenizer ({error}).") from None
+
+
+def _unzipped(file: Path) -> str:
     try:
         with gzip.open(file, "rb") as opened:
             return opened.read(_MAX_TOKENIZER).decode("utf-8")
@@ -189,11 +197,8 @@ def read_tokenizer(file: Path) -> str:
 
 
 def _decoder(file: Path) -> Callable[[Any], str]:
-    from tokenizers import Tokenizer
-
-    text = read_tokenizer(file)
     try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower class
+        spelled = speller(_unzipped(file))
+        return tokenizer_decoder(read_tokenizer(file)) if spelled is None else spelled
+    except ValueError as error:
         raise BundleError(f"{file} holds no readable tokenizer ({error}).") from None
-    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))

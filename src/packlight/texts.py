@@ -73,6 +73,24 @@ def tokenizer_of(text: str, settings: TextSettings) -> Callable[[str], list[int]
     return ids
 
 
+def tokenizer_decoder(text: str) -> Callable[[Sequence[int]], str]:
+    """From token ids to text, without special tokens, by the `tokenizers` library.
+
+    Args:
+        text: of a tokenizer.json.
+
+    Raises:
+        ValueError: no tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower class
+        raise ValueError(str(error)) from None
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
 def checked_templates(templates: Sequence[str] = ()) -> tuple[str, ...]:
     """What labels are asked with, `TEMPLATES` where none are named. Raises DataError for one without {}."""
     wrong = [t for t in templates if t.count("{}") != 1]

@@ -30,7 +30,7 @@ def hear(encoder: nn.Module, features: Tensor, positions: Tensor, sizes: Tensor)
     """
     made = nn.functional.gelu(encoder.conv2(nn.functional.gelu(encoder.conv1(features))))
     states = made.permute(0, 2, 1) + encoder.embed_positions(positions)
-    bias = sizes[None, None, None].expand(1, 1, sizes.shape[0], -1)
+    bias = sizes[None, None, None]  # one number per key
     for layer in encoder.layers:
         states = layer(states, bias)
     return encoder.layer_norm(states)

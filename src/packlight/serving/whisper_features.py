@@ -44,7 +44,8 @@ def log_mel(audio: np.ndarray, mel_bins: int, frames: int = 3000) -> np.ndarray:
     # One product for all frames: on busy cores, threads that wait for each other cost dearly each time.
     logs = np.full((frames, mel_bins), np.log10(_FLOOR), np.float32)
     logs[:spoken] = np.log10(np.maximum(power @ mel_filters(mel_bins), _FLOOR))
-    np.maximum(logs, logs.max() - _RANGE, out=logs)
+    # Single-precision logarithms of the floor differ in their last bit between processors.
+    np.maximum(logs, max(logs.max() - _RANGE, np.float32(np.log10(_FLOOR))), out=logs)
     logs += 4.0
     logs /= 4.0
     return np.ascontiguousarray(logs.T)[None]

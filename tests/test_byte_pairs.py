@@ -5,10 +5,10 @@ import random
 from pathlib import Path
 
 import pytest
-from small_whisper import save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from packlight.byte_pairs import byte_letters, merges_of, speller, with_merges, without_merges
+from small_whisper import save_model
 
 TEXTS = ["Grüße aus 北京, said the otter.", "low lower lowest newer wider 🦦🦦", "  two  spaces\n\tand a tab"] * 20
 

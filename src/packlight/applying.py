@@ -10,7 +10,7 @@ import torch
 from packlight.audio import RATE, read_audio
 from packlight.bundle import is_bundle
 from packlight.compress import check, compress_
-from packlight.data import Dataset, prompted, read_dataset, split
+from packlight.data import CALIBRATION_LIMIT, Dataset, prompted, read_dataset, split
 from packlight.deploy import deploy
 from packlight.errors import DataError
 from packlight.evaluate import answers, spread, threads_or_all
@@ -18,7 +18,9 @@ from packlight.families import Batch
 from packlight.loading import load
 from packlight.model import Model
 from packlight.plan import Plan
+from packlight.tables import TECHNIQUES
 from packlight.target import find_device
+from packlight.techniques import Stage
 
 Progress = Callable[[str, int, int], None]
 
@@ -142,6 +144,17 @@ def check_calibration(model: Model, calibration: Dataset) -> None:
         )
 
 
+def plan_batches(
+    model: Model, plan: Plan, calibration: Dataset, options: Options, work: Path, progress: Progress | None
+) -> list[Batch]:
+    """The calibration batches that a plan is carried out with: those for Gram matrices, or, to teach with, all."""
+    if any(TECHNIQUES[s.technique].stage in (Stage.DISTILL, Stage.TUNE) for s in plan.steps):
+        work = work / "lessons"
+        work.mkdir(parents=True, exist_ok=True)
+        return calibration_batches(model, calibration, options, work, progress, CALIBRATION_LIMIT)
+    return divide(calibration_batches(model, calibration, options, work, progress))[0]
+
+
 def divide(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
     """(for Gram matrices, for sensitivity): every fifth judges."""
     judged = [b for i, b in enumerate(batches) if i % 5 == 4]
@@ -186,7 +199,7 @@ def apply(
     work.mkdir(parents=True, exist_ok=True)
     batches: list[Batch] = []
     if dataset is not None:
-        batches = divide(calibration_batches(loaded, dataset, options, work, progress))[0]
+        batches = plan_batches(loaded, plan, dataset, options, work, progress)
     records = compress_(loaded, plan, batches, work / "waves", progress)
     deploy(loaded, plan, records, out / "bundle", options.language, options.task)
     return out / "bundle"

@@ -105,7 +105,7 @@ def speller(text: str) -> Callable[[Sequence[int]], str] | None:
 def _pieces(model: dict[str, Any]) -> list[str]:
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, dict):
-        vocabulary = sorted(vocabulary, key=lambda piece: int(vocabulary[piece]))
+        vocabulary = [p for p, _ in sorted(vocabulary.items(), key=lambda item: int(item[1]))]
     if not isinstance(vocabulary, list) or not all(isinstance(piece, str) for piece in vocabulary):
         raise ValueError("its tokens are no texts")
     return vocabulary

@@ -226,7 +226,12 @@ def _prune(model: Model, plan: Plan, batches: Sequence[Batch]) -> Sequence[Batch
         return batches
     new = prune_(model, config).old_to_new
     key = model.family.reads
-    return [{**b, key: torch.tensor([remap_ids(ids, new) for ids in b[key].tolist()])} for b in batches]
+    left = [b for b in batches if all(i in new for i in b[key].flatten().tolist())]
+    if batches and not left:
+        raise PlanError("Every calibration sample has words that the plan prunes. Give it others, or keep more tokens.")
+    if len(left) < len(batches):
+        log.warning("%d calibration samples have words that the plan prunes: left out.", len(batches) - len(left))
+    return [{**b, key: torch.tensor([remap_ids(ids, new) for ids in b[key].tolist()])} for b in left]
 
 
 def old_ids(plan: Plan) -> tuple[int, ...] | None:

@@ -20,6 +20,7 @@ from packlight.applying import (
     check_input,
     check_out,
     divide,
+    plan_batches,
     threads_of,
 )
 from packlight.bundle import is_bundle, open_bundle
@@ -34,8 +35,10 @@ from packlight.measure import machine, measure
 from packlight.model import Model
 from packlight.plan import Plan, append_line, write_json
 from packlight.planner import front
+from packlight.recovering import taught
 from packlight.report import write_report
 from packlight.scoring import SCORES
+from packlight.searching import search
 from packlight.sensitivity import Level, activations, contexts, measure_grams, profile, prunings, sensitivity
 from packlight.serve import open_served
 from packlight.speeding import Slow, lighter
@@ -45,8 +48,6 @@ from packlight.vocabulary_usage import has_word_list, read_texts, texts_sha256
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
-
-_TRIES = 6
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Run:
     batches: list[Batch] = field(default_factory=list)
     before: list[list[int]] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)  # of the evaluation samples
-    overhead: int = 1_300_000  # bytes of a bundle beside its weights, until one was measured
+    overhead: int = 700_000  # bytes of a bundle beside its weights, until one was measured
 
 
 def fit(
@@ -223,50 +224,19 @@ def _lighter(run: Run, plan: Plan, outcome: dict[str, Any]) -> list[Plan]:
 
 
 def _search(run: Run, plans: list[Plan]) -> list[dict[str, Any]]:
-    """Try plans until one meets the target, or until none is left that could."""
-    tried: dict[str, dict[str, Any]] = {}
+    """Try plans until one meets the target, or until none is left that could; those that were made on the way join them."""
 
     def attempt(plan: Plan) -> dict[str, Any]:
-        if plan.name not in tried:
-            tried[plan.name] = found = _attempt(run, plan)
-            row = {key: found[key] for key in ("plan", "size", "quality", "timing", "process", "missed")}
-            append_line(run.out / "log.jsonl", row)
-            run.overhead = int(found["size"] - plan.expected["bytes"]) if plan.name[0] != "s" else run.overhead
-        return tried[plan.name]
+        found = _attempt(run, plan)
+        row = {key: found[key] for key in ("plan", "size", "quality", "timing", "process", "missed")}
+        append_line(run.out / "log.jsonl", row)
+        return found
 
-    def fitting(kind: str) -> list[Plan]:
-        """Plans not tried that should fit, the largest first; each attempt tells better what lies beside the weights."""
-        limit = run.target.size
-        left = [p for p in plans if p.name not in tried and p.name.startswith(kind)]
-        fits = [p for p in left if limit is None or p.expected["bytes"] + run.overhead <= limit]
-        return sorted(fits, key=lambda p: -p.expected["bytes"])
+    def derive(kind: str, plan: Plan, outcome: dict[str, Any]) -> list[Plan]:
+        return _lighter(run, plan, outcome) if kind == "s" else taught(run.model, plan, run.calibration.n)
 
-    # The best quality that fits; where it is too slow, that with a shorter context, and then with fewer operations; where
-    # it loses too much, slower plans that lose less; and last the next smaller after all.
-    faster = any(p.name.startswith("c") for p in plans)
-    kinds = ["p", "c", "s", "f", "f", "p"] if faster else ["p", "s", "f", "f", "p"]
-    while kinds and len(tried) < _TRIES:
-        left = fitting(kinds[0])
-        if left:
-            missed = attempt(left[0])["missed"]
-            if not missed:
-                return list(tried.values())
-            if "latency" in missed and kinds[1:2] == ["s"]:
-                plans += _lighter(run, left[0], tried[left[0].name])
-            if missed in (["latency"], ["memory"]) and not (kinds[1:2] in (["c"], ["s"]) and fitting(kinds[1])):
-                return list(tried.values())  # every plan that is left is larger or slower
-        if not left or "size" not in missed:  # what turned out too large gives way to the next smaller
-            kinds.pop(0)
-    # None does: the smallest plan that keeps the drop, whatever its size, by bisection.
-    rest = [p for p in plans if p.name.startswith("c" if faster else "p")]
-    low, high = 0, len(rest) - 1
-    while low <= high and len(tried) < _TRIES:
-        middle = (low + high) // 2
-        if "drop" in attempt(rest[middle])["missed"]:
-            low = middle + 1
-        else:
-            high = middle - 1
-    return list(tried.values())
+    outcomes, run.overhead = search(plans, attempt, derive, run.target, run.overhead)
+    return outcomes
 
 
 def _attempt(run: Run, plan: Plan) -> dict[str, Any]:
@@ -298,10 +268,11 @@ class Built:
 def build(run: Run, plan: Plan) -> Built:
     """Apply and deploy one plan and let the bundle answer; waves and answers of an earlier run are kept."""
     folder = run.work / plan.key[:12]
-    observed, judged = divide(run.batches)
+    judged = divide(run.batches)[1]
     bundle = folder / "bundle"
     fresh = load(run.model.source.path, trust_remote_code=run.options.trust_remote_code)
-    records = compress_(fresh, plan, observed, folder / "waves", _named(run, plan))
+    given = plan_batches(run.model, plan, run.calibration, run.options, run.work, run.progress)
+    records = compress_(fresh, plan, given, folder / "waves", _named(run, plan))
     if not is_bundle(bundle):
         deploy(fresh, plan, records, bundle, run.options.language, run.options.task)
     served = open_served(bundle, threads_of(run.options, run.target.device))

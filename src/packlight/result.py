@@ -124,7 +124,7 @@ def _parts(profile: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]])
 
 def _front_of(plan: Plan, plans: Sequence[Plan]) -> str:
     """First letters of the names of the plans that are shown with one: a plan with fewer operations has no front of its own."""
-    base = ("c" if any(p.name[0] == "c" for p in plans) else "p") if plan.name[0] == "s" else ""
+    base = ("c" if any(p.name[0] == "c" for p in plans) else "p") if plan.name[0] in "st" else ""
     return f"{plan.name[0]}{base}f"
 
 

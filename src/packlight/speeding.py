@@ -14,18 +14,17 @@ from typing import Any
 from packlight.evaluate import Asked
 from packlight.families import Batch
 from packlight.model import Model
-from packlight.plan import Plan, Step
+from packlight.plan import Plan
 from packlight.profiling import profile
 from packlight.pruning_plan import measure_effects, prune_step
+from packlight.recovering import lesson
 from packlight.structure import coupled
-from packlight.techniques.distill import NAME as DISTILL
 
 Progress = Callable[[str, int, int], None]
 
 _STAGES = ("encoder", "image tower", "text tower")  # of a profile: what is not stepwise
 _SPARE = 1.15  # of the share that times ask for: what is left runs a little less well
 _MOST, _STEP = 0.6, 0.05  # share that may go; shares are multiples of a step
-_EPOCHS = 8
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,7 @@ def lighter(
         f"for the latency: {slow.plan.name} took {slow.seconds * 1000:.0f} ms where {slow.latency * 1000:.0f} were asked for, "
         f"{taken:.0%} of it in these towers; {pruning.reason}"
     )
-    # Words that the original was unsure of are left in: it is its answers that are imitated, not the words.
-    lesson = Step(DISTILL, {"epochs": _EPOCHS, "filter": False}, ("*",), "the original teaches what pruning left")
-    teaching = [lesson] if len(batches[0]) > 1 else []  # one sample can't teach and judge
+    teaching = [lesson(model, tuple(towers), "the original teaches what pruning left")]
+    teaching = teaching if len(batches[0]) > 1 else []  # one sample can't teach and judge
     steps = (replace(pruning, reason=why), *teaching, *slow.plan.steps)
     return replace(slow.plan, steps=steps, name=f"s{slow.plan.name[1:]}")

@@ -73,8 +73,12 @@ class Tower:
 
     def has(self, path: str) -> bool:
         """Whether a layer belongs to this tower."""
-        patterns = self.paths or (self.blocks.rpartition(".")[0] + ".*",)
-        return any(fnmatchcase(path, pattern) for pattern in patterns)
+        return any(fnmatchcase(path, pattern) for pattern in self.patterns)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Wildcards over the paths of its layers."""
+        return self.paths or (self.blocks.rpartition(".")[0] + ".*",)
 
 
 @dataclass(frozen=True)

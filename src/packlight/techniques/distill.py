@@ -64,7 +64,7 @@ class DistillConfig:
 
     epochs: int = 5
     max_steps: int = 0
-    rate: float = 1e-3
+    rate: float = 3e-4
     warmup: float = 0.1
     accumulate: int = 4
     patience: int = 2

@@ -44,7 +44,7 @@ class TuneScalesConfig:
 
     tower_epochs: int = 2
     epochs: int = 8
-    rate: float = 1e-3
+    rate: float = 1e-4
     held: float = 0.2
 
     def __post_init__(self) -> None:

@@ -1,0 +1,80 @@
+"""Which plan comes next: the best that should fit, then what mends that which the last one missed. No plan is run here."""
+
+from collections.abc import Callable
+from typing import Any
+
+from packlight.plan import Plan
+from packlight.target import Target
+
+Outcome = dict[str, Any]
+TRIES = 6
+_MENDED = ("s", "t")  # made from a plan that missed: its bytes beside the weights say nothing of the others
+
+
+def search(
+    plans: list[Plan],
+    attempt: Callable[[Plan], Outcome],
+    derive: Callable[[str, Plan, Outcome], list[Plan]],
+    target: Target,
+    overhead: int,
+) -> tuple[list[Outcome], int]:
+    """Try plans until one meets the target, or until none is left that could.
+
+    Args:
+        plans: those of the front: p, c with a shorter context, f with float activations; what is derived joins them.
+        attempt: carries a plan out and measures it: 'size' in bytes and 'missed', the names of what it missed.
+        derive: (kind, a plan that missed, its outcome) -> plans that may mend that: 's' has fewer operations, for a
+            missed latency; 't' is taught by the original, for a missed drop.
+        target: its size bounds what is tried.
+        overhead: bytes of a bundle beside its weights, as far as known.
+
+    Returns:
+        the outcomes, in the order in which plans were tried, and the overhead as measured last.
+    """
+    tried: dict[str, Outcome] = {}
+
+    def run(plan: Plan) -> Outcome:
+        nonlocal overhead
+        if plan.name not in tried:
+            tried[plan.name] = found = attempt(plan)
+            if plan.name[0] not in _MENDED:
+                overhead = int(found["size"] - plan.expected["bytes"])
+        return tried[plan.name]
+
+    def fitting(kind: str) -> list[Plan]:
+        """Plans not tried that should fit, the largest first; each attempt tells better what lies beside the weights."""
+        left = [p for p in plans if p.name not in tried and p.name.startswith(kind)]
+        fits = [p for p in left if target.size is None or p.expected["bytes"] + overhead <= target.size]
+        return sorted(fits, key=lambda p: -p.expected["bytes"])
+
+    # The best quality that fits. Where it is too slow, that with a shorter context, and then with fewer operations; where
+    # only the drop is missed, that taught by the original; then slower plans that lose less; last the next smaller.
+    kinds = ["p", "c", "s", "t", "f", "f", "p"]
+    missed, last = ["latency"], plans[0]
+    while kinds and len(tried) < TRIES:
+        kind = kinds[0]
+        due = {"c": "latency" in missed, "s": "latency" in missed, "t": missed == ["drop"]}.get(kind, True)
+        if due and tried and kind in _MENDED:
+            plans += [p for p in derive(kind, last, tried[last.name]) if p.name not in {q.name for q in plans}]
+        left = fitting(kind) if due else []
+        if left:
+            last = left[0]
+            missed = run(last)["missed"]
+            if not missed:
+                return list(tried.values()), overhead
+        elif tried and kind == "t" and "drop" not in missed:
+            break  # every plan that is left is larger or slower
+        if not left or "size" not in missed:  # what turned out too large gives way to the next smaller
+            kinds.pop(0)
+    if tried and set(missed) <= {"latency", "memory"}:
+        return list(tried.values()), overhead
+    # None does: the smallest plan that keeps the drop, whatever its size, by bisection.
+    rest = [p for p in plans if p.name.startswith("c")] or [p for p in plans if p.name.startswith("p")]
+    low, high = 0, len(rest) - 1
+    while low <= high and len(tried) < TRIES:
+        middle = (low + high) // 2
+        if "drop" in run(rest[middle])["missed"]:
+            low = middle + 1
+        else:
+            high = middle - 1
+    return list(tried.values()), overhead

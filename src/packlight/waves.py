@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from packlight.families import Batch, Tower
 from packlight.model import Model
-from packlight.observe import grams, token_use
+from packlight.observe import grams, ranges, token_use
 from packlight.windows import is_matrix
 
 Measure = Callable[[], dict[str, Tensor]]
@@ -77,13 +77,13 @@ def _blocks(module: nn.Module, tower: Tower) -> int:
 
 
 def _measure_front(model: Model, batches: Sequence[Batch], tower: Tower, paths: list[str]) -> dict[str, Tensor]:
-    with grams(_watched(model.module, paths)) as sums:
+    with _watching(model.module, paths) as sums:
         _calls_of_block(model, batches, tower, 0)
     return sums
 
 
 def _measure_rear(model: Model, batches: Sequence[Batch], paths: list[str]) -> dict[str, Tensor]:
-    with grams(_watched(model.module, paths)) as sums:
+    with _watching(model.module, paths) as sums:
         for batch in batches:
             model.family.run(model.module, batch)
     return sums
@@ -96,7 +96,7 @@ def _measure_block(
         carried.extend(_calls_of_block(model, batches, tower, index))
     block = model.module.get_submodule(f"{tower.blocks}.{index}")
     names = [f"{tower.blocks}.{index}.{name}" for name, _ in block.named_modules() if name and watch]
-    with grams(_watched(model.module, names)) as sums:
+    with _watching(model.module, names) as sums:
         _run_block(block, carried)
     return sums
 
@@ -106,6 +106,13 @@ def _measure_head(model: Model, batches: Sequence[Batch]) -> dict[str, Tensor]:
     with grams(_watched(module, [head for _, head in family.tied])) as sums:
         use = token_use((family.run(module, b) for b in batches), [b[family.reads] for b in batches])
     return {**sums, **{f"{table}.use": use for table, _ in family.tied}}
+
+
+@contextlib.contextmanager
+def _watching(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Gram matrices of what is a matrix among these layers, and what goes in and out of the convolutions."""
+    with grams(_watched(module, paths)) as sums, ranges(module, paths, sums):
+        yield sums
 
 
 def _watched(module: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:

@@ -56,7 +56,7 @@ def _join(node: ir.Node) -> None:
     pads: list[int] = []
     value = node.inputs[0]
     while (before := None if value is None else value.producer()) is not None:
-        if before.op_type == "Clip" and not pads and _keeps(before, node):
+        if before.op_type == "Clip" and _keeps(before, node):
             value = before.inputs[0]
         elif before.op_type == "Pad" and not pads and _zeros(before) is not None:
             pads, value = _zeros(before) or [], before.inputs[0]
@@ -87,7 +87,11 @@ def _range(node: ir.Node) -> tuple[float, int] | None:
 
 
 def _same(one: ir.Node, other: ir.Node) -> bool:
-    return _range(one) is not None and _range(one) == _range(other)
+    """Whether bytes of one range are the same bytes in the other: scales may differ by less than half a byte in all."""
+    first, second = _range(one), _range(other)
+    if first is None or second is None or first[1] != second[1]:
+        return False
+    return abs(first[0] / second[0] - 1) * TOP < 0.1
 
 
 def _keeps(clip: ir.Node, quantize: ir.Node) -> bool:

@@ -178,7 +178,8 @@ def compress_(
                 "samples for every tower, pictures with texts.",
                 tower,
             )
-        for number, (layers, sums) in enumerate(waves(model, batches if need else [])):
+        ranged = {path for path, a in found.items() if "ranges" in a.technique.needs}
+        for number, (layers, sums) in enumerate(waves(model, batches if need else [], ranged=ranged)):
             records += _wave(model, layers, sums, found, tied, work / f"wave_{number:03d}")
             if progress:
                 progress("compressing", number + 1, total)
@@ -295,7 +296,9 @@ def _layer(
     made: Compressed = assignment.technique.layer(weight, gram, assignment.config, **more)
     loss = distortion(weight, made.approximation, gram)
     side = sum(
-        16 * made.tensors[key].numel() for key in ("scale", "columns") if key in made.tensors and made.kind in ("codes", "static")
+        16 * made.tensors[key].numel()
+        for key in ("scale", "columns")
+        if key in made.tensors and made.kind in ("codes", "static")
     )
     rate = made.rate + side / weight.numel()
     limit = None if gram is None or not 0 < loss < 1 else round(bound(weight, gram, loss), 4)

@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from packlight.static import is_convolution
+from packlight.static import is_convolution, taps_of
 from packlight.windows import matrix_inputs
 
 
@@ -44,6 +45,7 @@ def grams(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 _SAMPLES = 1 << 16  # values of an activation that are kept of each batch
+_WINDOWED = 4  # inputs of each batch whose windows are summed: a group has few columns
 
 
 @contextmanager
@@ -57,6 +59,7 @@ def ranges(module: nn.Module, paths: Iterable[str], into: dict[str, Tensor]) -> 
         module: the model.
         paths: of layers in it; those that are no convolutions are passed over.
         into: path.input and path.output -> the values [n], appended to; the smallest and largest are always among them.
+            path.taps -> of a convolution in groups, the Gram matrices [groups, columns, columns] of their windows.
     """
 
     def keep(name: str, x: Tensor) -> None:
@@ -68,10 +71,14 @@ def ranges(module: nn.Module, paths: Iterable[str], into: dict[str, Tensor]) -> 
         some = torch.cat([some, values.min()[None], values.max()[None]])
         into[name] = torch.cat([into[name], some]) if name in into else some
 
-    def watch(path: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
+    def watch(path: str, layer: Any) -> torch.utils.hooks.RemovableHandle:
         limits = getattr(module.get_submodule(path.rpartition(".")[0]), "limits", None)
 
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            for one in args[0][: _WINDOWED if layer.groups > 1 else 0].detach().split(1):
+                taps = taps_of(layer, one)
+                gram = taps.transpose(1, 2) @ taps
+                into[f"{path}.taps"] = into[f"{path}.taps"] + gram if f"{path}.taps" in into else gram
             keep(f"{path}.input", args[0])
             keep(f"{path}.output", out if limits is None else out.clamp(*limits))
 

@@ -97,6 +97,20 @@ def sides_of(geometry: list[int]) -> tuple[list[int], list[int], list[int]]:
     return geometry[1 : 1 + count], geometry[1 + count : 1 + 2 * count], geometry[1 + 2 * count :]
 
 
+def taps_of(layer: Any, x: Tensor) -> Tensor:
+    """What the rows of a convolution multiply: inputs [n, in, ...] to windows [groups, n * places, kernel * in / groups].
+
+    The input channel is last among the columns, as in `rows_of`.
+    """
+    groups, kernel, stride, padding = layer.groups, layer.kernel_size, layer.stride, padding_of(layer)
+    x = nn.functional.pad(x, [p for side in reversed(padding) for p in (side, side)])
+    for i, (size, step) in enumerate(zip(kernel, stride, strict=True)):
+        x = x.unfold(2 + i, size, step)
+    places, count = x.shape[2 : 2 + len(kernel)].numel(), int(torch.Size(kernel).numel())
+    x = x.reshape(len(x), groups, -1, places, count)
+    return x.permute(1, 0, 3, 4, 2).reshape(groups, len(x) * places, -1)
+
+
 def kernel_of(rows: Tensor, geometry: list[int]) -> Tensor:
     """The weight [out, in / groups, ...] of codes or values [kernel * in / groups, out]."""
     kernel = sides_of(geometry)[0]
@@ -147,8 +161,6 @@ def _static_conv(
 
 
 @_static_conv.register_fake
-def _(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, held: list[float], geometry: list[int]
-) -> Tensor:
+def _(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, held: list[float], geometry: list[int]) -> Tensor:
     sides = zip(x.shape[2:], *sides_of(geometry), strict=True)
     return x.new_empty((x.shape[0], codes.shape[1], *((s + 2 * p - k) // d + 1 for s, k, d, p in sides)))

@@ -33,7 +33,12 @@ def static_conv(x: Any, codes: Any, scale: Any, bias: Any, held: Any, geometry: 
     if bias is not None:
         inputs.append(op.Cast(op.Round(op.Div(bias, op.Mul(scale, step))), to=_INT32))
     made = op.QLinearConv(
-        *inputs, group=geometry[0], kernel_shape=kernel, strides=stride, pads=[*padding, *padding], dilations=[1] * count
+        *inputs,
+        group=geometry[0],
+        kernel_shape=kernel,
+        strides=stride,
+        pads=[*padding, *padding],
+        dilations=[1] * count,
     )
     return op.DequantizeLinear(made, out_step, out_zero)
 

@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "loading",
         "sensitivity",
+        "ranging",
         "planner",
         "compress",
         "restructuring",

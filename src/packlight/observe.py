@@ -75,7 +75,7 @@ def ranges(module: nn.Module, paths: Iterable[str], into: dict[str, Tensor]) -> 
         limits = getattr(module.get_submodule(path.rpartition(".")[0]), "limits", None)
 
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            for one in args[0][: _WINDOWED if layer.groups > 1 else 0].detach().split(1):
+            for one in args[0][:_WINDOWED].detach().split(1) if layer.groups > 1 else ():
                 taps = taps_of(layer, one)
                 gram = taps.transpose(1, 2) @ taps
                 into[f"{path}.taps"] = into[f"{path}.taps"] + gram if f"{path}.taps" in into else gram

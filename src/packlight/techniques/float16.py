@@ -25,7 +25,7 @@ def keep(weight: Tensor, gram: Tensor | None, config: Float16Config) -> Compress
 
 
 def _any(layer: nn.Module) -> Tensor:
-    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+    weight = layer.get_parameter("weight").detach()
     return weight.reshape(weight.shape[0], -1)
 
 

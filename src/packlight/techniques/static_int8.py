@@ -74,9 +74,8 @@ def seen(path: str, layer: nn.Module, sums: dict[str, Tensor]) -> dict[str, Any]
             f"static_int8 has no ranges for {path}: no calibration sample went through it. Give samples that do, or "
             "name float16 for it."
         )
-    inputs, outputs, taps = (sums.get(f"{path}.{name}") for name in ("input", "output", "taps"))
-    assert inputs is not None and outputs is not None
-    return {"seen": Seen(inputs, outputs, taps, _DEPTHWISE if is_depthwise(layer) else LIMIT)}
+    limit = _DEPTHWISE if is_depthwise(layer) else LIMIT
+    return {"seen": Seen(sums[f"{path}.input"], sums[f"{path}.output"], sums.get(f"{path}.taps"), limit)}
 
 
 def choose_range(values: Tensor, how: str) -> Range:

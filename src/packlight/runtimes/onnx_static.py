@@ -48,14 +48,13 @@ def static_conv(x: Any, codes: Any, scale: Any, bias: Any, held: Any, geometry: 
 
 def join(model: ir.Model) -> None:
     """Let convolutions hand over their integers, in place."""
-    for node in list(model.graph):
-        if node.op_type == "QuantizeLinear":
-            _join(node)
-    _drop_unused(model)
+    joined = [_join(node) for node in list(model.graph) if node.op_type == "QuantizeLinear"]
+    if any(joined):
+        _drop_unused(model)
 
 
-def _join(node: ir.Node) -> None:
-    """Take away what lies between this QuantizeLinear and the DequantizeLinear of the same range before it."""
+def _join(node: ir.Node) -> bool:
+    """Pass over what lies between this QuantizeLinear and a DequantizeLinear of the same range before it, if it can."""
     byte = node.outputs[0]
     users = [user for user, _ in byte.uses()]
     pads: list[int] = []
@@ -68,9 +67,9 @@ def _join(node: ir.Node) -> None:
         else:
             break
     if before is None or before.op_type != "DequantizeLinear" or not _same(before, node):
-        return
+        return False
     if pads and not all(user.op_type == "QLinearConv" for user in users):
-        return
+        return False
     for user in users:
         for i, taken in enumerate(user.inputs):
             if taken is byte:
@@ -78,6 +77,7 @@ def _join(node: ir.Node) -> None:
         if pads:
             own = list(user.attributes["pads"].as_ints())
             user.attributes["pads"] = ir.AttrInt64s("pads", [a + b for a, b in zip(own, pads, strict=True)])
+    return True
 
 
 def _array(value: ir.Value | None) -> Any:

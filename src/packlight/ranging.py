@@ -86,8 +86,8 @@ def _loss(model: Model, paths: Sequence[str], observed: Sequence[Batch], judged:
         finally:
             for handle in handles:
                 handle.remove()
-            for path, weight in saved.items():
-                module.get_submodule(path).get_parameter("weight").data.copy_(weight)
+            for path, before in saved.items():
+                module.get_submodule(path).get_parameter("weight").data.copy_(before)
 
 
 def _rounding(layer: nn.Module, sums: dict[str, Tensor], path: str) -> list[Any]:

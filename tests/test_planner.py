@@ -110,3 +110,26 @@ def test_depthwise_convolutions_stay_float16_and_the_plan_says_so(tmp_path: Path
         found = check(plan, dual, "any")
         assert {found[p].technique.name for p in whole} == {"float16"}
         assert found["vision_model.embeddings.convolution"].technique.name == "error_feedback"
+
+
+def test_convolutions_are_in_integers_where_that_loses_less_or_a_latency_asks_for_it(tmp_path: Path) -> None:
+    from packlight.compress import check
+    from packlight.loading import load
+    from small_dual import save_model
+
+    dual = load(str(save_model(tmp_path / "align", "align")))
+    part = "vision convolutions"
+    convs = {
+        p for p, layer in dual.layers().items() if hasattr(layer, "groups") and dual.family.part_of(p).name == part
+    }
+    levels = [lv for name in (part, "text attention") for lv in curve(name, 0.01)]
+    for static, fast, due in ((1e-3, False, True), (1e-1, False, False), (1e-1, True, True)):
+        rounding = {part: {"int8": 1e-2, "int8_rows": 1e-2, "static": static}}
+        plan = front(dual, levels, rounding, [Pruning()], [], ORIGIN, fast)[0]
+        found = check(plan, dual, "any")
+        assert {p for p, a in found.items() if a.technique.name == "static_int8"} == (convs if due else set())
+        assert plan.expected["kl"] == pytest.approx(0.01 * 4**0.75 * 2 + (static if due else 1e-2), rel=1e-6)
+        step = next(s for s in plan.steps if part in s.reason)
+        assert not due or (
+            step.technique == "static_int8" and step.config["rate"] == 2.25 and "fixed ranges" in step.reason
+        )

@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "retrieval",
     ),
     ("quant", "vocabulary", "vocabulary_*", "families", "families.*", "packing", "windows"),
-    ("convolutions",),
+    ("convolutions", "static"),
     ("structure", "pruning"),
     ("layers", "training", "distilling"),
     ("listing", "observe", "lessons", "model", "waves"),
@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "loading",
         "sensitivity",
+        "ranging",
         "planner",
         "compress",
         "recovering",

@@ -28,10 +28,11 @@ from packlight.techniques import Compressed, Technique
 from packlight.techniques.audio_context import AUDIO_CONTEXT, check_context, shorten_
 from packlight.techniques.distill import DISTILL, check_distill, distill_
 from packlight.techniques.prune_vocabulary import PRUNE_VOCABULARY, prune_
+from packlight.techniques.static_int8 import seen
 from packlight.techniques.tune_scales import TUNE_SCALES, tune_
 from packlight.vocabulary_rewrite import decode_ids, remap_ids
 from packlight.waves import Measure, silent, wave_names, waves
-from packlight.windows import is_matrix, matrix
+from packlight.windows import is_matrix
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -89,8 +90,7 @@ def check(plan: Plan, model: Model, calibration: str | None = None) -> dict[str,
         if found.get(table) != found.get(head) and _is_tied(model.module, table, head):
             raise PlanError(f"{table} and {head} share their weights, so one step must take both.")
     for path, assignment in found.items():
-        if assignment.technique.name != "float16":
-            matrix(layers[path])  # raises for kinds of layers that can't be compressed
+        assignment.technique.matrix(layers[path])  # raises for kinds of layers that it can't take
     context = _config_of(plan, AUDIO_CONTEXT)
     if context is not None:
         check_context(model, context)
@@ -178,7 +178,8 @@ def compress_(
                 "samples for every tower, pictures with texts.",
                 tower,
             )
-        for number, (layers, sums) in enumerate(waves(model, batches if need else [])):
+        ranged = {path for path, a in found.items() if "ranges" in a.technique.needs}
+        for number, (layers, sums) in enumerate(waves(model, batches if need else [], ranged=ranged)):
             records += _wave(model, layers, sums, found, tied, work / f"wave_{number:03d}")
             if progress:
                 progress("compressing", number + 1, total)
@@ -195,7 +196,7 @@ def _moved(model: Model, found: dict[str, Assignment]) -> dict[str, Assignment]:
     return {
         path: found[origin]
         for path, origin in kept.items()
-        if path == origin or is_matrix(model.module.get_submodule(path))
+        if path == origin or "ranges" in found[origin].technique.needs or is_matrix(model.module.get_submodule(path))
     }
 
 
@@ -286,21 +287,23 @@ def _wave(
 def _layer(
     model: Model, path: str, assignment: Assignment, sums: dict[str, Tensor], tied: dict[str, str]
 ) -> tuple[Edit | None, dict[str, Tensor], StepRecord]:
-    weight = matrix(model.module.get_submodule(path)) if assignment.technique.name != "float16" else None
-    if weight is None:
-        layer = model.module.get_submodule(path)
-        weight = layer.weight.detach().reshape(layer.weight.shape[0], -1)
+    layer = model.module.get_submodule(path)
+    weight = assignment.technique.matrix(layer)
     part = model.family.part_of(model.origin(path))
     name = part.name if part else "other"
     if path in tied:
         return None, {}, StepRecord(path, name, assignment.technique.name, 0, 0.0, 0.0)
     gram, use = sums.get(path), sums.get(f"{path}.use")
-    more = {"use": use} if use is not None and "use" in assignment.technique.needs else {}
+    more: dict[str, Any] = {"use": use} if use is not None and "use" in assignment.technique.needs else {}
+    if "ranges" in assignment.technique.needs:
+        more = seen(path, layer, sums)
     assert assignment.technique.layer is not None  # check() assigns no other
     made: Compressed = assignment.technique.layer(weight, gram, assignment.config, **more)
     loss = distortion(weight, made.approximation, gram)
     side = sum(
-        16 * made.tensors[key].numel() for key in ("scale", "columns") if key in made.tensors and made.kind == "codes"
+        16 * made.tensors[key].numel()
+        for key in ("scale", "columns")
+        if key in made.tensors and made.kind in ("codes", "static")
     )
     rate = made.rate + side / weight.numel()
     limit = None if gram is None or not 0 < loss < 1 else round(bound(weight, gram, loss), 4)

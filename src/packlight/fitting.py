@@ -35,6 +35,7 @@ from packlight.measure import machine, measure
 from packlight.model import Model
 from packlight.plan import Plan, append_line, write_json
 from packlight.planner import front
+from packlight.ranging import with_static
 from packlight.recovering import taught
 from packlight.report import write_report
 from packlight.scoring import SCORES
@@ -180,11 +181,8 @@ def observe(run: Run) -> None:
 
 
 def _calibration(run: Run) -> dict[str, Any]:
-    return {
-        "sha256": run.calibration.sha256,
-        "n": run.calibration.n,
-        "seconds": round(run.calibration.seconds, 1),
-    }
+    seen = run.calibration
+    return {"sha256": seen.sha256, "n": seen.n, "seconds": round(seen.seconds, 1)}
 
 
 def make_plans(run: Run) -> tuple[list[Level], list[Plan]]:
@@ -194,11 +192,11 @@ def make_plans(run: Run) -> tuple[list[Level], list[Plan]]:
     sums = measure_grams(run.model, observed, run.progress)
     levels = sensitivity(run.model, sums, judged, kept, run.progress)
     rounding = activations(run.model, judged, run.work / "activations.jsonl", run.progress)
+    rounding = with_static(rounding, run.model, (observed, judged), run.work / "static.jsonl", run.progress)
     vocabularies = prunings(run.model, observed, judged, _languages(run), run.texts)
-    shortened = []
-    if run.target.latency is not None:
-        shortened = contexts(run.model, judged, run.work / "contexts.jsonl", run.progress)
-    plans = front(run.model, levels, rounding, vocabularies, shortened, (_calibration(run), run.options.seed))
+    fast, origin = run.target.latency is not None, (_calibration(run), run.options.seed)
+    shortened = contexts(run.model, judged, run.work / "contexts.jsonl", run.progress) if fast else []
+    plans = front(run.model, levels, rounding, vocabularies, shortened, origin, fast)
     for plan in plans:
         check(plan, run.model, run.calibration.sha256)
     return levels, plans

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from packlight.convolutions import CONVOLUTIONS
 from packlight.errors import PlanError
 from packlight.packing import unpack_groups
+from packlight.static import Range, convolve, geometry_of, kernel_of, rows_of, static_conv
 from packlight.structure import SHAPES
 from packlight.windows import matrix, unmatrix, windows2d_of, windows_of
 
@@ -174,9 +175,31 @@ class CodeConv2d(CodeLinear):
         return super().forward(windows2d_of(self, x)).permute(0, 3, 1, 2)
 
 
-def _like_conv2d(layer: Any, like: nn.Conv2d) -> None:
+def _like_conv2d(layer: Any, like: Any) -> None:
     layer.kernel_size, layer.stride, layer.padding = like.kernel_size, like.stride, like.padding
     layer.shape = like.weight.shape
+
+
+class StaticConv(CodeLinear):
+    """A convolution in integers with fixed ranges of its input and output; codes int8 [kernel * in / groups, out].
+
+    With `activations` 'float' it computes in floats with the weights that the codes stand for.
+    """
+
+    def __init__(self, like: nn.Module, held: Range, out: Range) -> None:
+        rows, columns = rows_of(like).shape
+        super().__init__(columns, rows, like.bias is not None, "static")
+        _like_conv2d(self, like)
+        self.held, self.geometry = [held.scale, float(held.zero), out.scale, float(out.zero)], geometry_of(like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, in, ...] to [n, out, ...]."""
+        how = (x, self.codes, self.scale, self.bias, self.held, self.geometry)
+        if torch.compiler.is_exporting():
+            return torch.ops.packlight.static_conv(*how)
+        if self.activations == "static":
+            return static_conv(*how)
+        return convolve(x, kernel_of(self.codes.float() * self.scale, self.geometry), self.bias, self.geometry)
 
 
 class CodeEmbedding(nn.Module):
@@ -285,7 +308,7 @@ def _group_buffers(layer: nn.Module, columns: int, rows: int, bits: int, group: 
 
 
 RESHAPES = {**SHAPES, **CONVOLUTIONS}
-KINDS = ("codes", "groups", *RESHAPES)
+KINDS = ("codes", "groups", "static", *RESHAPES)
 
 
 @dataclass(frozen=True)
@@ -294,9 +317,10 @@ class Edit:
 
     Args:
         path: of the layer that is replaced.
-        kind: 'codes' or 'groups'; or one of `packlight.structure` or `packlight.convolutions`, which say what its
+        kind: 'codes', 'groups' or 'static'; or one of `packlight.structure` or `packlight.convolutions`, which say what its
             args are.
-        args: 'activations' and 'columns' for codes; 'bits' and 'group' for groups; 'tied' names the path of a layer that was
+        args: 'activations' and 'columns' for codes; 'bits' and 'group' for groups; 'input' and 'output', each a scale and
+            a zero point, for static; 'tied' names the path of a layer that was
             replaced before and whose buffers are shared.
     """
 
@@ -327,6 +351,8 @@ def build(layer: nn.Module, edit: Edit) -> nn.Module:
             return GroupLinear(layer.in_features, layer.out_features, layer.bias is not None, bits, group)
         if isinstance(layer, nn.Embedding):
             return GroupEmbedding(layer.num_embeddings, layer.embedding_dim, bits, group)
+    if edit.kind == "static":
+        return StaticConv(layer, Range(*edit.args["input"]), Range(*edit.args["output"]))
     raise PlanError(f"{edit.path}: no layer of kind {edit.kind!r} can replace a {type(layer).__name__}.")
 
 

@@ -1,12 +1,14 @@
-"""Watching what goes through a model: Gram matrices of the inputs of its layers, and which tokens it uses."""
+"""Watching what goes through a model: Gram matrices of its layers' inputs, their ranges, and which tokens it uses."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from packlight.static import is_convolution, taps_of
 from packlight.windows import matrix_inputs
 
 
@@ -37,6 +39,55 @@ def grams(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     handles = [watch(path, layer) for path, layer in layers.items()]
     try:
         yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_SAMPLES = 1 << 16  # values of an activation that are kept of each batch
+_WINDOWED = 4  # inputs of each batch whose windows are summed: a group has few columns
+
+
+@contextmanager
+def ranges(module: nn.Module, paths: Iterable[str], into: dict[str, Tensor]) -> Iterator[None]:
+    """Sample what enters and leaves convolutions while the context is open.
+
+    Zeros are left out: every range holds them, and so a padded activation gives the range of the one inside it. Where
+    what holds a convolution has `limits`, its output is seen as they clip it.
+
+    Args:
+        module: the model.
+        paths: of layers in it; those that are no convolutions are passed over.
+        into: path.input and path.output -> the values [n], appended to; the smallest and largest are always among them.
+            path.taps -> of a convolution in groups, the Gram matrices [groups, columns, columns] of their windows.
+    """
+
+    def keep(name: str, x: Tensor) -> None:
+        values = x.detach().flatten()
+        values = values[values != 0]
+        if not len(values):
+            values = values.new_zeros(1)
+        some = values[:: -(-len(values) // _SAMPLES)]
+        some = torch.cat([some, values.min()[None], values.max()[None]])
+        into[name] = torch.cat([into[name], some]) if name in into else some
+
+    def watch(path: str, layer: Any) -> torch.utils.hooks.RemovableHandle:
+        limits = getattr(module.get_submodule(path.rpartition(".")[0]), "limits", None)
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            for one in args[0][:_WINDOWED].detach().split(1) if layer.groups > 1 else ():
+                taps = taps_of(layer, one)
+                gram = taps.transpose(1, 2) @ taps
+                into[f"{path}.taps"] = into[f"{path}.taps"] + gram if f"{path}.taps" in into else gram
+            keep(f"{path}.input", args[0])
+            keep(f"{path}.output", out if limits is None else out.clamp(*limits))
+
+        return layer.register_forward_hook(hook)
+
+    layers = {path: module.get_submodule(path) for path in paths}
+    handles = [watch(path, layer) for path, layer in layers.items() if is_convolution(layer)]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -14,7 +14,8 @@ from torch import nn
 from packlight.families import Part
 from packlight.model import Model
 from packlight.plan import Plan, Step
-from packlight.sensitivity import Level, Pruning, Shortened, settings
+from packlight.ranging import convolutions_of
+from packlight.sensitivity import Level, Pruning, Shortened, coded_paths, settings
 from packlight.techniques.audio_context import AudioContextConfig
 from packlight.techniques.audio_context import step as audio_context_step
 from packlight.windows import is_matrix
@@ -82,6 +83,7 @@ def front(
     vocabularies: Sequence[Pruning],
     shortened: Sequence[Shortened],
     origin: tuple[dict[str, Any], int],
+    fast: bool = False,
 ) -> list[Plan]:
     """Plans along the Pareto front of bytes and predicted KL, smallest first, then two with float activations.
 
@@ -90,10 +92,11 @@ def front(
     Args:
         model: the original.
         levels: from `sensitivity`.
-        rounding: from `activations`.
+        rounding: from `activations`, with 'static' from `packlight.ranging.with_static` where it was measured.
         vocabularies: from `prunings`.
         shortened: from `contexts`; empty where no latency was asked for.
         origin: what the plans say of the calibration samples, and the seed.
+        fast: whether a latency was asked for: then convolutions are computed in integers where they can be.
     """
     by_part: dict[str, list[Level]] = {}
     for level in levels:
@@ -106,7 +109,7 @@ def front(
         for price in _PRICES:
             best = tuple(min(c, key=lambda lv: lv.kl + price * lv.bytes) for c in kept.values())
             found.append(_Choice(vocabulary, best))
-    modes = _modes(rounding, sum(min(lv.kl for lv in c) for c in parts.values()))
+    modes = _modes(rounding, sum(min(lv.kl for lv in c) for c in parts.values()), fast)
     chosen = _spaced(found)
     plans = [_plan(model, c, modes, f"p{i + 1:02d}", origin) for i, c in enumerate(chosen)]
     floats = _float_plans(model, chosen[-1], origin)
@@ -151,7 +154,7 @@ def _spaced(found: Sequence[_Choice]) -> list[_Choice]:
     return thin
 
 
-def _modes(rounding: Activations, weights: float) -> dict[str, tuple[str, float, str]]:
+def _modes(rounding: Activations, weights: float, fast: bool) -> dict[str, tuple[str, float, str]]:
     """By part: (how its activations are rounded, the KL of that, why)."""
     found = {}
     for part, kl in rounding.items():
@@ -162,6 +165,10 @@ def _modes(rounding: Activations, weights: float) -> dict[str, tuple[str, float,
             f"{kl['int8' if rows else 'int8_rows']:.2g} with one per {'sample' if rows else 'row, not worth its time'}"
         )
         found[part] = ("int8_rows" if rows else "int8", kl["int8_rows" if rows else "int8"], f"{why}, {other}")
+        fixed = kl.get("static")
+        if fixed is not None and (fast or fixed <= found[part][1]):
+            why = f"fixed ranges and integers throughout: KL {fixed:.2g}, {found[part][1]:.2g} with {found[part][2]}"
+            found[part] = ("static", fixed, why)
     return found
 
 
@@ -182,7 +189,11 @@ def _plan(
     origin: tuple[dict[str, Any], int],
 ) -> Plan:
     steps = [] if choice.vocabulary.step is None else [choice.vocabulary.step]
-    whole = tuple(path for path, layer in model.layers().items() if not is_matrix(layer))
+    fixed = {
+        p.name: convolutions_of(model, p) for p in model.family.parts if modes.get(p.name, _STEPWISE)[0] == "static"
+    }
+    taken = {path for paths in fixed.values() for path in paths}
+    whole = tuple(path for path, layer in model.layers().items() if not is_matrix(layer) and path not in taken)
     if whole:
         steps.append(Step("float16", {}, whole, "depthwise and grouped convolutions: they are no matrix to code"))
     for level in choice.levels:
@@ -197,7 +208,12 @@ def _plan(
             f"{level.part}: {'8-bit groups of 32' if groups else rate}; KL {level.kl:.2g} per token, "
             f"{level.flips:.1%} of top tokens changed ({how}); {why}"
         )
-        steps.append(Step(level.technique, config, part.paths, reason))
+        if level.part in fixed:
+            static = {k: v for k, v in codes.items() if k in ("rate", "damp")}
+            steps.append(Step("static_int8", static, fixed[level.part], reason))
+            config["activations"] = "int8"
+        if any(model.family.part_of(path) is part and path not in taken for path in coded_paths(model)):
+            steps.append(Step(level.technique, config, part.paths, reason))
     steps.append(Step("float16", {}, ("*",), "norms and biases: too few bytes to gain anything"))
     kl = choice.kl + sum(loss for _, loss, _ in modes.values())
     expected = {"bytes": float(choice.bytes), "kl": kl}

@@ -114,7 +114,7 @@ def sensitivity(
         batches = [family.encode(module, b) for b in batches]
         reference = [torch.log_softmax(family.run(module, b), -1) for b in batches]
     first = family.towers[0].name
-    parts = [p for p in family.parts if any(p is family.part_of(path) for path in _coded(model))]
+    parts = [p for p in family.parts if any(p is family.part_of(path) for path in coded_paths(model))]
     levels = []
     for i, part in enumerate(parts):
         rates = (*MEASURED, 8.0) if _is_table(model, part.name) else MEASURED
@@ -145,7 +145,7 @@ def activations(
     done = {v["part"]: v for v in read_lines(kept)}
     family, module = model.family, model.module
     many = [tower.name for tower in family.towers if not tower.stepwise]
-    multiplied = [path for path in _coded(model) if not _is_lookup(model.module.get_submodule(path))]
+    multiplied = [path for path in coded_paths(model) if not _is_lookup(model.module.get_submodule(path))]
     parts = [p for p in family.parts if p.tower in many and any(p is family.part_of(path) for path in multiplied)]
     reference: list[Tensor] = []
     for i, part in enumerate(parts):
@@ -194,7 +194,7 @@ def contexts(model: Model, batches: Sequence[Batch], kept: Path, progress: Progr
                 changed = replace(model, module=copy.copy(module))
                 changed.module.config = copy.copy(module.config)
                 family.shorten(changed.module, context)
-                kl = _divergence(changed, pairs)[0]
+                kl = divergence(changed, pairs)[0]
                 lengths = [family.encode(m, b)["states"].shape[1] for m in (changed.module, module) for b in batches]
             share = sum(lengths[: len(batches)]) / sum(lengths[len(batches) :])
             done[context.kept] = {"kept": context.kept, "kl": kl, "share": share}
@@ -215,13 +215,13 @@ def _activation_kl(model: Model, part: Part, mode: str, pairs: list[tuple[Batch,
     layers = [layer for layer in layers if is_matrix(layer)]
     handles = [layer.register_forward_pre_hook(lambda _, args: (rounded(args[0]), *args[1:])) for layer in layers]
     try:
-        return _divergence(model, pairs)[0]
+        return divergence(model, pairs)[0]
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _divergence(model: Model, pairs: list[tuple[Batch, Tensor]]) -> tuple[float, float]:
+def divergence(model: Model, pairs: list[tuple[Batch, Tensor]]) -> tuple[float, float]:
     """(KL per token to the original's log-probabilities, share of top tokens that changed)."""
     kl, flips, count = 0.0, 0.0, 0
     for batch, reference in pairs:
@@ -232,7 +232,7 @@ def _divergence(model: Model, pairs: list[tuple[Batch, Tensor]]) -> tuple[float,
     return max(kl / count, 1e-9), flips / count
 
 
-def _coded(model: Model) -> list[str]:
+def coded_paths(model: Model) -> list[str]:
     """Paths of the layers that can hold codes."""
     return [path for path, layer in model.layers().items() if is_matrix(layer)]
 
@@ -246,7 +246,7 @@ def _measure_part(
     config = technique.config(**({"bits": 8} if name == "group_weights" else settings(model, part, rate)))
     heads = {head: table for table, head in model.family.tied}
     gram_of = {table: sums.get(head) for head, table in heads.items()}
-    paths = [p for p in _coded(model) if (q := model.family.part_of(p)) and q.name == part and p not in heads]
+    paths = [p for p in coded_paths(model) if (q := model.family.part_of(p)) and q.name == part and p not in heads]
     saved: dict[str, Tensor] = {}
     size = 0
     with torch.no_grad():
@@ -259,7 +259,7 @@ def _measure_part(
             made = technique.layer(matrix(layer), gram_of.get(path, sums.get(path)), config, **use)
             size += int(1.01 * made.rate * weight.numel() / 8) + 2 * sum(made.approximation.shape)
             weight.copy_(unmatrix(made.approximation, weight.shape))
-        kl, flips = _divergence(model, pairs)
+        kl, flips = divergence(model, pairs)
         for path, weight in saved.items():
             model.module.get_submodule(path).weight.copy_(weight)
     return Level(part, rate, size, kl, flips, technique=name)

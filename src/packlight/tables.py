@@ -12,6 +12,7 @@ from packlight.techniques.prune_structure import PRUNE_STRUCTURE
 from packlight.techniques.prune_vocabulary import PRUNE_VOCABULARY
 from packlight.techniques.prune_weights import PRUNE_WEIGHTS
 from packlight.techniques.separable import GROUPED_CONVOLUTION, SEPARABLE_CONVOLUTION
+from packlight.techniques.static_int8 import STATIC_INT8
 from packlight.techniques.tune_scales import TUNE_SCALES
 
 FAMILIES: tuple[Family, ...] = (whisper.FAMILY, dual_encoder.FAMILY)
@@ -29,6 +30,7 @@ TECHNIQUES: dict[str, Technique] = {
         ROUND_TO_NEAREST,
         ERROR_FEEDBACK,
         GROUP_WEIGHTS,
+        STATIC_INT8,
         PRUNE_WEIGHTS,
         FLOAT16,
         TUNE_SCALES,

@@ -1,7 +1,8 @@
 """The order of compression: the layers before a tower's blocks, each block, the layers after them; last the head."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from packlight.families import Batch, Tower
 from packlight.model import Model
-from packlight.observe import grams, token_use
+from packlight.observe import grams, ranges, token_use
 from packlight.windows import is_matrix
 
 Measure = Callable[[], dict[str, Tensor]]
@@ -34,11 +35,14 @@ def _sides(model: Model, tower: Tower) -> tuple[list[str], list[str]]:
     return front, [p for p in own[inner[-1] + 1 if inner else 0 :] if p not in front]
 
 
-def waves(model: Model, batches: Sequence[Batch], watch: bool = True) -> Iterator[tuple[list[str], Measure]]:
+def waves(
+    model: Model, batches: Sequence[Batch], watch: bool = True, ranged: Collection[str] = ()
+) -> Iterator[tuple[list[str], Measure]]:
     """(paths of a wave's layers, function that measures their Gram matrices), each after the waves before it.
 
     The measurement is a function because a wave that an earlier run finished does not need it. Without `watch` it only
-    runs the layers before the head, for those who watch them themselves, and gives nothing.
+    runs the layers before the head, for those who watch them themselves, and gives nothing. Of the layers in `ranged` it
+    also gives what `packlight.observe.ranges` sees.
     """
     module, family = model.module, model.family
     layers = model.layers()
@@ -46,16 +50,19 @@ def waves(model: Model, batches: Sequence[Batch], watch: bool = True) -> Iterato
     for index, tower in enumerate(family.towers):
         blocks = f"{tower.blocks}."
         front, rear = _sides(model, tower)
-        yield front, partial(_measure_front, model, batches, tower, front if watch else [])
+        yield front, partial(_measure_front, model, batches, tower, _Watched(front if watch else [], ranged))
         carried: list[Call] = []  # the calls of the next block; empty when they must be found afresh
         for i in range(_blocks(module, tower)):
             paths = [p for p in layers if p.startswith(f"{blocks}{i}.")]
-            yield paths, partial(_measure_block, model, batches, tower, i, carried, watch)
+            yield (
+                paths,
+                partial(_measure_block, model, batches, (tower, i), carried, _Watched(paths if watch else [], ranged)),
+            )
             if carried:
                 following = _run_block(module.get_submodule(f"{blocks}{i}"), carried) if tower.chained else []
                 carried[:] = following
         if rear:
-            yield rear, partial(_measure_rear, model, batches, rear if watch else [])
+            yield rear, partial(_measure_rear, model, batches, _Watched(rear if watch else [], ranged))
         if index == 0 and batches:
             batches = [family.encode(module, batch) for batch in batches]
     yield [p for p in last if p in layers], partial(_measure_head, model, batches)
@@ -76,28 +83,42 @@ def _blocks(module: nn.Module, tower: Tower) -> int:
     return len(list(module.get_submodule(tower.blocks).children())) if tower.blocks else 0
 
 
-def _measure_front(model: Model, batches: Sequence[Batch], tower: Tower, paths: list[str]) -> dict[str, Tensor]:
-    with grams(_watched(model.module, paths)) as sums:
+@dataclass(frozen=True)
+class _Watched:
+    """Paths of the layers of a wave that are watched, and of all whose ranges are wanted."""
+
+    paths: Sequence[str]
+    ranged: Collection[str]
+
+    @contextlib.contextmanager
+    def open(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """Gram matrices of what is a matrix among the layers, and what goes in and out of convolutions."""
+        wanted = [p for p in self.paths if p in self.ranged]
+        with grams(_watched(module, self.paths)) as sums, ranges(module, wanted, sums):
+            yield sums
+
+
+def _measure_front(model: Model, batches: Sequence[Batch], tower: Tower, watched: _Watched) -> dict[str, Tensor]:
+    with watched.open(model.module) as sums:
         _calls_of_block(model, batches, tower, 0)
     return sums
 
 
-def _measure_rear(model: Model, batches: Sequence[Batch], paths: list[str]) -> dict[str, Tensor]:
-    with grams(_watched(model.module, paths)) as sums:
+def _measure_rear(model: Model, batches: Sequence[Batch], watched: _Watched) -> dict[str, Tensor]:
+    with watched.open(model.module) as sums:
         for batch in batches:
             model.family.run(model.module, batch)
     return sums
 
 
 def _measure_block(
-    model: Model, batches: Sequence[Batch], tower: Tower, index: int, carried: list[Call], watch: bool
+    model: Model, batches: Sequence[Batch], which: tuple[Tower, int], carried: list[Call], watched: _Watched
 ) -> dict[str, Tensor]:
+    tower, index = which
     if not carried:
         carried.extend(_calls_of_block(model, batches, tower, index))
-    block = model.module.get_submodule(f"{tower.blocks}.{index}")
-    names = [f"{tower.blocks}.{index}.{name}" for name, _ in block.named_modules() if name and watch]
-    with grams(_watched(model.module, names)) as sums:
-        _run_block(block, carried)
+    with watched.open(model.module) as sums:
+        _run_block(model.module.get_submodule(f"{tower.blocks}.{index}"), carried)
     return sums
 
 

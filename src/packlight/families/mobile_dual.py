@@ -39,6 +39,7 @@ class _Conv(nn.Module):
         self.pad = (near, far, near, far) if near != far else None
         self.conv = nn.Conv2d(wide, out, kernel, stride, 0 if self.pad else near, groups=groups)
         self.active = active
+        self.limits = (0.0, 6.0) if active else None  # what the convolution's output is clipped to; observers read it
 
     def forward(self, x: Tensor) -> Tensor:
         made: Tensor = self.conv(nn.functional.pad(x, self.pad) if self.pad else x)

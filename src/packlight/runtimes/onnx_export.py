@@ -6,6 +6,7 @@ they are exported (`packlight.layers`), and this file says what each becomes:
 - codes with 8-bit activations: DynamicQuantizeLinear and MatMulInteger, the integer kernels that are fast on every CPU;
   with a range per row: the rows divided by their peaks, a fixed QuantizeLinear, MatMulInteger;
 - codes with float activations: a cast, a product with the scale, a float MatMul;
+- convolutions with fixed ranges: QLinearConv (`packlight.runtimes.onnx_static`);
 - groups: MatMulNBits with integer arithmetic inside (accuracy_level 4; level 0 is 20 to 50 times slower at 8 bits);
 - tables: a Gather of codes;
 - attention without a mask: MultiHeadAttention, which never holds all scores at once; with a bias, or a mask that all
@@ -31,6 +32,7 @@ from onnxscript.values import Op, Opset
 
 import packlight.layers  # noqa: F401 - it registers the operators that are translated here
 from packlight.families import Graph
+from packlight.runtimes.onnx_static import join, static_conv
 
 OPSET = 18
 _EXTERNAL = 256  # bytes: smaller constants stay in the graph
@@ -167,6 +169,7 @@ _TRANSLATIONS = {
     torch.ops.packlight.code_embedding.default: _code_embedding,
     torch.ops.packlight.group_linear.default: _group_linear,
     torch.ops.packlight.group_embedding.default: _group_embedding,
+    torch.ops.packlight.static_conv.default: static_conv,
 }
 
 
@@ -203,6 +206,7 @@ def export(graph: Graph, root: torch.nn.Module) -> tuple[bytes, dict[str, Array]
         model = program.model
         # Constants are folded only while small: the default limits would turn small codes into floats.
         optimize(model, input_size_limit=_EXTERNAL, output_size_limit=4 * _EXTERNAL)
+        join(model)
     _name_dimensions(model, graph)
     weights = _take_weights(model, graph, root)
     _forget_traces(model)

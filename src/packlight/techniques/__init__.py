@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from packlight.windows import matrix
 
 
 class Stage(IntEnum):
@@ -47,9 +49,11 @@ class Technique:
         layer: None for a technique of whole models, which `compress_` knows by its stage; else (weight [out, in], Gram matrix [in, in] or None, config) -> Compressed; one that needs 'use' also takes
             how much each row of a table is used, [out], or None.
         stage: when it runs.
-        needs: 'gram' when it can't work without calibration data; 'use' when it takes the use of tokens.
+        needs: 'gram' when it can't work without calibration data; 'use' when it takes the use of tokens; 'ranges' when
+            it takes what went in and out of a convolution, see `packlight.observe.ranges`.
         paper: where it comes from.
         summary: one line for `docs` and `--help`.
+        matrix: the weight [out, in] of a layer as this technique sees it; raises PlanError for a layer that it can't take.
     """
 
     name: str
@@ -59,3 +63,4 @@ class Technique:
     needs: tuple[str, ...] = field(default=())
     paper: str = ""
     summary: str = ""
+    matrix: Callable[[nn.Module], Tensor] = matrix

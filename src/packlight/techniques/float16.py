@@ -7,7 +7,7 @@ computes in 32 bits.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from packlight.techniques import Compressed, Stage, Technique
 
@@ -24,10 +24,16 @@ def keep(weight: Tensor, gram: Tensor | None, config: Float16Config) -> Compress
     return Compressed("float", {}, {"weight": rounded}, rounded, 16.0)
 
 
+def _any(layer: nn.Module) -> Tensor:
+    weight = layer.get_parameter("weight").detach()
+    return weight.reshape(weight.shape[0], -1)
+
+
 FLOAT16 = Technique(
     name="float16",
     config=Float16Config,
     layer=keep,
     stage=Stage.QUANTIZE,
     summary="floats stored in 16 bits, computed in 32",
+    matrix=_any,
 )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from packlight.errors import DataError
 from packlight.families import Attention, Batch, Family, Graph, Part, Tower, attention_at
 from packlight.families.dual_processing import read_processing, rows_of
-from packlight.families.mobile_dual import ARCHITECTURE, read_module
+from packlight.families.mobile_dual import ARCHITECTURE, InvertedResidual, read_module
 from packlight.families.pretrained import from_transformers, tokenizer_json
 from packlight.images import read_image
 
@@ -279,6 +279,8 @@ def _anatomy(module: nn.Module, tower: Tower) -> dict[str, Any]:
     if not tower.blocks:
         return {}
     block = next(iter(module.get_submodule(tower.blocks).children()))
+    if isinstance(block, InvertedResidual):
+        return {"inverted": ("expand.conv", "depthwise.conv", "project.conv")}
     linear = {path for path, layer in block.named_modules() if isinstance(layer, nn.Linear)}
     heads = next((a for a in _ATTENTIONS if linear.issuperset((a.query, a.key, a.value, a.out))), None)
     hidden = next((f for f in _FEED_FORWARDS if linear.issuperset(f)), None)

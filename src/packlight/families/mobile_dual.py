@@ -45,7 +45,7 @@ class _Conv(nn.Module):
         return nn.functional.relu6(made) if self.active else made
 
 
-class Block(nn.Module):
+class InvertedResidual(nn.Module):
     """An inverted residual block: widen, depthwise convolution, narrow (Sandler et al. 2018, arXiv 1801.04381)."""
 
     def __init__(self, wide: int, out: int, expansion: int, kernel: int, stride: int) -> None:
@@ -77,7 +77,7 @@ class EfficientNetLite(nn.Module):
         blocks, wide = [], stem
         for expansion, kernel, stride, channels, count in stages:
             for i in range(count):
-                blocks.append(Block(wide, channels, expansion, kernel, stride if i == 0 else 1))
+                blocks.append(InvertedResidual(wide, channels, expansion, kernel, stride if i == 0 else 1))
                 wide = channels
         self.blocks = nn.ModuleList(blocks)
         self.head = _Conv(wide, head, 1, 1, 1, True)

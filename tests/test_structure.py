@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "retrieval",
     ),
     ("quant", "vocabulary", "vocabulary_*", "families", "families.*", "packing", "windows"),
-    ("convolutions",),
+    ("convolutions", "designing"),
     ("structure", "pruning"),
     ("layers", "training", "distilling"),
     ("listing", "observe", "lessons", "model", "waves"),

@@ -12,6 +12,8 @@ Edits of this kind, all with plain JSON in `args`:
 - 'hidden', path of the block: 'keep' units stay; 'size' is 1, 'rows', 'columns' and 'attributes' as above.
 - 'channels', path of the block: as 'hidden', of convolutions.
 - 'drop_layer', path of the block in its nn.ModuleList: it goes, those after it move up. No arguments.
+- 'tower', path of a tower of convolutions: another takes its place, built from 'config'; 'blocks' says which block of the
+  old one each of its blocks comes from.
 - 'low_rank', path of a linear layer: two take its place, path.0 and path.1, with 'rank' numbers between them.
 
 Carried out in their order on the original architecture they give the same skeleton. An edit that narrows keeps the
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from packlight.convolutions import INNER
 from packlight.errors import PlanError
 from packlight.families import Tower
+from packlight.families.mobile_dual import EfficientNetLite
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,19 @@ def drop_layer_(root: nn.Module, path: str, args: dict[str, Any]) -> nn.Module:
     return blocks
 
 
+def tower_(root: nn.Module, path: str, args: dict[str, Any]) -> nn.Module:
+    """Put another tower of convolutions in the place of one; its weights are left to be filled. Returns it."""
+    old, config = root.get_submodule(path), dict(args["config"])
+    if not isinstance(old, EfficientNetLite):
+        raise PlanError(f"{path} is no tower of convolutions that another can take the place of.")
+    new = EfficientNetLite(**config).eval()
+    if len(new.blocks) != len(args["blocks"]) or new.head.conv.out_channels != old.head.conv.out_channels:
+        raise PlanError(f"{path}: the other tower does not fit in its place.")
+    setattr(root, path, new)
+    root.config.vision_config = config  # type: ignore[union-attr]
+    return new
+
+
 def factor_(root: nn.Module, path: str, args: dict[str, Any]) -> nn.Module:
     """Put two layers of a rank in the place of a linear one. Returns both, to be filled."""
     old = _linear(root, path)
@@ -202,6 +218,7 @@ SHAPES: dict[str, Callable[[nn.Module, str, dict[str, Any]], nn.Module]] = {
     "hidden": narrow_,
     "channels": narrow_,
     "drop_layer": drop_layer_,
+    "tower": tower_,
     "low_rank": factor_,
 }
 
@@ -210,7 +227,7 @@ _INNER = {"low_rank": (".0", ".1"), **INNER}  # kind -> what is added to the pat
 
 
 def original_path(path: str, edits: Sequence[Any]) -> str:
-    """The path that a layer had before these edits: blocks before it may have gone, or it is a factor of a layer."""
+    """The path that a layer had before these edits: blocks may have gone, or it is a factor of a layer."""
     for edit in reversed(edits):
         if edit.kind == "drop_layer":
             blocks, _, gone = edit.path.rpartition(".")
@@ -218,6 +235,11 @@ def original_path(path: str, edits: Sequence[Any]) -> str:
                 index, _, rest = path.removeprefix(f"{blocks}.").partition(".")
                 moved = int(index) + (int(index) >= int(gone))
                 path = f"{blocks}.{moved}" + (f".{rest}" if rest else "")
+        elif edit.kind == "tower":
+            blocks = f"{edit.path}.blocks."
+            if path.startswith(blocks):
+                index, _, rest = path.removeprefix(blocks).partition(".")
+                path = f"{blocks}{edit.args['blocks'][int(index)]}" + (f".{rest}" if rest else "")
         elif path in [edit.path + inner for inner in _INNER.get(edit.kind, ())]:
             path = edit.path
     return path

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from packlight.errors import DataError
 from packlight.families import Attention, Batch, Family, Graph, Part, Tower, attention_at
 from packlight.families.dual_processing import read_processing, rows_of
-from packlight.families.mobile_dual import ARCHITECTURE, InvertedResidual, read_module
+from packlight.families.mobile_dual import ARCHITECTURE, InvertedResidual, read_module, scaled_to
 from packlight.families.pretrained import from_transformers, tokenizer_json
 from packlight.images import read_image
 
@@ -63,8 +63,13 @@ def read(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any
 
 
 def equip(module: nn.Module, folder: Path, settings: dict[str, Any], tokenizer: str) -> dict[str, Any]:
-    """Processor and tokenizer for a module that was built, from the files that the folder holds."""
-    return read_processing(folder, module, tokenizer)
+    """Processor and tokenizer for a module that was built, from the files that the folder holds; pictures as `settings` say.
+
+    A student may take smaller pictures than the original's processor makes.
+    """
+    made = read_processing(folder, module, tokenizer)
+    side = settings["image"]["height"] if "image" in settings else made["image"]["height"]
+    return made if side == made["image"]["height"] else read_processing(folder, module, tokenizer, side)
 
 
 def open_pair(path: Path, texts: Sequence[str]) -> Pair:
@@ -159,6 +164,12 @@ def sides(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         raise DataError("Two towers are compared by pictures with texts; some of these pictures have none.")
     texts = embed_text(module, batch["input_ids"], batch.get("attention_mask"))
     return embed_content(module, batch["pixel_values"]), texts, scale_of(module)
+
+
+def inputs(module: nn.Module, batch: Batch) -> Batch:
+    """The batch with pictures of the side that the module's graph takes."""
+    side = getattr(module.get_submodule(_VISION), "size", 0) if hasattr(module, _VISION) else 0
+    return {**batch, "pixel_values": scaled_to(batch["pixel_values"], side)} if side else batch
 
 
 # Exporting ----------------------------------------------------------------------------------------------------------
@@ -335,4 +346,5 @@ FAMILY = Family(
     bind=bind,
     equip=equip,
     sides=sides,
+    inputs=inputs,
 )

@@ -130,7 +130,8 @@ def _fitted(config: Config, design: Design, size: int, depth: float, most: float
     """The config with as many hidden channels as the budget has room for, or None where it has not even for few."""
     if design.expansion is not None or not most:
         made = shape(config, design, size, depth, 1.0 if design.expansion is None else design.expansion)
-        return made if not most or cost(made, size, design.unit) <= most else None
+        used = cost(made, size, design.unit)  # also builds it
+        return made if not most or used <= most else None
     least = min(1.0, _LEAST / max(stage[0] for stage in config["stages"]))
     tried = [shape(config, design, size, depth, 1 - (1 - least) * step / _STEPS) for step in range(_STEPS + 1)]
     place = bisect_left(tried, -most, key=lambda made: -cost(made, size, design.unit))  # costs fall along the list

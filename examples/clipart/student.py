@@ -2,10 +2,11 @@
 
 python examples/clipart/student.py MODEL DRAWINGS -o OUT
 
-MODEL is the folder that `train.py` made, DRAWINGS its folder with train/, validation/ and held-out/. Pictures are
-rendered once per view, the teacher sees each view once, and texts keep the teacher's vectors: what an epoch costs is the
-student alone. Both students have the same shape, start from the same inherited channels and see the same views in the
-same order for as many steps; validation drawings say which epoch is kept. One learns from the pairs of pictures and
+MODEL is the folder that `train.py` made, DRAWINGS its folder with train/, validation/ and held-out/. The
+teacher sees each view of a picture once, texts keep the teacher's vectors, and the student's first blocks stay as
+inherited, so what they give is kept, too: an epoch costs the blocks that learn. Both students have the same shape, start
+from the same inherited channels and see the same views in the same order for as many steps; validation drawings say which
+epoch is kept. One learns from the pairs of pictures and
 words alone, by the contrastive loss of CLIP; the other also from its teacher: normalised features and similarities
 (CLIP-KD, Yang et al. 2024, arXiv 2307.12732; TinyCLIP, Wu et al. 2023, arXiv 2309.12314). Interrupted, the command goes
 on where it was.
@@ -34,7 +35,7 @@ from train import contrastive, words
 import packlight
 from packlight.designing import cost
 from packlight.distilling import affinity_error, feature_error
-from packlight.families.mobile_dual import scaled_to, write_module
+from packlight.families.mobile_dual import write_module
 from packlight.images import ImageSettings, pixels, read_image
 from packlight.inheriting import student
 from packlight.model import Model
@@ -57,17 +58,17 @@ class Recipe:
         epochs: passes, each over one view.
         batch: pairs that are told apart.
         rate: learning rate relative to the size of each tensor.
-        early: side of the pictures in the first half of the epochs; 0 for the student's.
+        frozen: first blocks of the student that stay as inherited.
         drawings: the first so many train; 0 for all.
     """
 
     share: float = 0.5
     size: int = 0
     views: int = 2
-    epochs: int = 6
+    epochs: int = 8
     batch: int = 128
     rate: float = 4e-3
-    early: int = 0
+    frozen: int = 5
     drawings: int = 0
 
 
@@ -77,13 +78,13 @@ class Part:
 
     Args:
         rows: their words.
-        pictures: per view, uint8 [drawings, 3, side, side].
+        features: per view, float16 [drawings, channels, height, width] after the student's frozen blocks.
         first: per view, the teacher's vectors of them.
         second: per set of words, the teacher's vectors of these.
     """
 
     rows: list[dict[str, Any]]
-    pictures: list[np.ndarray]
+    features: list[np.ndarray]
     first: list[Tensor]
     second: list[Tensor]
 
@@ -92,22 +93,24 @@ class Part:
 
 
 @torch.no_grad()
-def view_of(teacher: Model, files: list[Path], view: int, side: int, kept: Path) -> tuple[np.ndarray, Tensor]:
-    """Pictures of one view at the student's side, and the teacher's vectors of them at its own; kept on disk."""
+def view_of(both: tuple[Model, Model], files: list[Path], view: int, frozen: int, kept: Path) -> tuple[Any, Tensor]:
+    """What the student's frozen blocks make of one view of the pictures, and the teacher's vectors; kept on disk."""
+    teacher, small = both
     if not kept.with_suffix(".npy").is_file():
-        settings = ImageSettings.from_dict(teacher.settings["image"])
-        plain = replace(settings, gain=(1.0,) * 3, offset=(0.0,) * 3)
-        gain, offset = (torch.tensor(v)[:, None, None] for v in (settings.gain, settings.offset))
-        small, vectors = [], []
+        whole, own = (ImageSettings.from_dict(m.settings["image"]) for m in both)
+        tower, features, vectors = small.module.vision_model, [], []
         for start in range(0, len(files), 32):
             some = [read_image(f) for f in files[start : start + 32]]
             if view:
                 some = [views.changed(p, np.random.default_rng((view, start + i))) for i, p in enumerate(some)]
-            x = torch.from_numpy(np.concatenate([pixels(p, plain) for p in some]))
-            vectors.append(nn.functional.normalize(teacher.module.get_image_features(x * gain + offset), dim=-1))
-            small.append(scaled_to(x, side).round().clamp(0, 255).byte().numpy())
+            x, y = (torch.from_numpy(np.concatenate([pixels(p, s) for p in some])) for s in (whole, own))
+            vectors.append(nn.functional.normalize(teacher.module.get_image_features(x), dim=-1))
+            y = tower.stem(y.contiguous(memory_format=torch.channels_last))
+            for block in tower.blocks[:frozen]:
+                y = block(y)
+            features.append(y.half().numpy())
         np.save(kept.with_suffix(".vectors.npy"), torch.cat(vectors).numpy())
-        np.save(kept.with_suffix(".part.npy"), np.concatenate(small))
+        np.save(kept.with_suffix(".part.npy"), np.concatenate(features))
         kept.with_suffix(".part.npy").rename(kept.with_suffix(".npy"))
     return np.load(kept.with_suffix(".npy")), torch.from_numpy(np.load(kept.with_suffix(".vectors.npy")))
 
@@ -126,16 +129,17 @@ def text_vectors(teacher: Model, said: list[str], kept: Path) -> Tensor:
     return torch.from_numpy(np.load(kept))
 
 
-def part_of(teacher: Model, folder: Path, work: Path, side: int, recipe: Recipe | None) -> Part:
-    """A part of the drawings; with a recipe in its views and sets of words, without as they are."""
-    rows = data.rows_of(folder)[: (recipe.drawings or None) if recipe else None]
-    files, count = [folder / r["file_name"] for r in rows], recipe.views if recipe else 1
+def part_of(both: tuple[Model, Model], folder: Path, work: Path, recipe: Recipe) -> Part:
+    """A part of the drawings; those that train in all views and sets of words, others as they are."""
+    learned = folder.name == "train"
+    rows = data.rows_of(folder)[: (recipe.drawings or None) if learned else None]
+    files, count = [folder / r["file_name"] for r in rows], recipe.views if learned else 1
     draw, made, texts = random.Random(0), [], []
     for view in range(count):
         began = time.perf_counter()
-        made.append(view_of(teacher, files, view, side, work / f"{folder.name}-{len(rows)}-{side}-{view}"))
+        made.append(view_of(both, files, view, recipe.frozen, work / f"{folder.name}-{len(rows)}-{view}"))
         said = [r["text"] if view == 0 else words(r, draw) for r in rows]
-        texts.append(text_vectors(teacher, said, work / f"{folder.name}-{len(rows)}-{view}.text.npy"))
+        texts.append(text_vectors(both[0], said, work / f"{folder.name}-{len(rows)}-{view}.text.npy"))
         print(f"{folder.name}, view {view}: {len(rows)} drawings, {time.perf_counter() - began:.0f} s", flush=True)
     return Part(rows, [m[0] for m in made], [m[1] for m in made], texts)
 
@@ -143,12 +147,13 @@ def part_of(teacher: Model, folder: Path, work: Path, side: int, recipe: Recipe 
 # Training -----------------------------------------------------------------------------------------------------------
 
 
-def seen(small: Model, part: Part, view: int, some: Any) -> Tensor:
+def seen(small: Model, part: Part, view: int, some: Any, frozen: int) -> Tensor:
     """The student's vectors [n, d], of length 1, of some pictures."""
-    settings = small.settings["image"]
-    gain, offset = (torch.tensor(settings[k])[:, None, None] for k in ("gain", "offset"))
-    x = torch.from_numpy(np.ascontiguousarray(part.pictures[view][some])).float() * gain + offset
-    return nn.functional.normalize(small.module.get_image_features(x), dim=-1)
+    x = torch.from_numpy(np.ascontiguousarray(part.features[view][some])).float()
+    x, tower = x.contiguous(memory_format=torch.channels_last), small.module.vision_model
+    for block in tower.blocks[frozen:]:
+        x = block(x)
+    return nn.functional.normalize(small.module.visual_projection(tower.pool(x)), dim=-1)
 
 
 @torch.no_grad()
@@ -159,23 +164,20 @@ def recall_at_10(vectors: Tensor, part: Part) -> float:
 
 
 @torch.no_grad()
-def all_seen(small: Model, part: Part) -> Tensor:
+def all_seen(small: Model, part: Part, frozen: int) -> Tensor:
     """The student's vectors of a part's pictures."""
     count = len(part.rows)
-    return torch.cat([seen(small, part, 0, slice(i, min(i + 64, count))) for i in range(0, count, 64)])
+    return torch.cat([seen(small, part, 0, slice(i, min(i + 64, count)), frozen) for i in range(0, count, 64)])
 
 
 def loss_of(small: Model, part: Part, recipe: Recipe, taught: bool) -> Callable[[int, int], Tensor]:
     """What a batch of an epoch is learned by."""
-    names, scale = np.array([r["text"] for r in part.rows]), float(small.module.logit_scale.exp())
-    side = small.module.vision_model.size
+    names, scale = np.array([r["text"] for r in part.rows]), float(small.module.logit_scale.detach().exp())
 
     def loss(number: int, epoch: int) -> Tensor:
         order = torch.randperm(len(names), generator=torch.Generator().manual_seed(epoch))
-        some, view = order[number * recipe.batch : (number + 1) * recipe.batch].numpy(), epoch % len(part.pictures)
-        small.module.vision_model.size = recipe.early if 2 * epoch < recipe.epochs and recipe.early else side
-        made, second = seen(small, part, view, some), part.second[view][some]
-        small.module.vision_model.size = side
+        some, view = order[number * recipe.batch : (number + 1) * recipe.batch].numpy(), epoch % len(part.features)
+        made, second = seen(small, part, view, some, recipe.frozen), part.second[view][some]
         same = torch.from_numpy(names[some][:, None] == names[some][None])
         pairs = contrastive(made, second, torch.tensor(scale), same)
         if not taught:
@@ -189,7 +191,10 @@ def loss_of(small: Model, part: Part, recipe: Recipe, taught: bool) -> Callable[
 def trained(small: Model, parts: tuple[Part, Part], recipe: Recipe, taught: bool, work: Path) -> list[float]:
     """Train a student, in place. Returns the recall@10 of the validation drawings before and after each epoch."""
     learn, check = parts
-    tensors = {n: p for n, p in small.module.named_parameters() if n.startswith(_FREE)}
+    small.module.vision_model.to(memory_format=torch.channels_last)
+    still = ("vision_model.stem.", *(f"vision_model.blocks.{i}." for i in range(recipe.frozen)))
+    named = {n: p for n, p in small.module.named_parameters() if n.startswith(_FREE)}
+    tensors = {n: p for n, p in named.items() if not n.startswith(still)}
     began, name = time.perf_counter(), "taught" if taught else "alone"
     per_epoch = len(learn.rows) // recipe.batch
 
@@ -198,7 +203,7 @@ def trained(small: Model, parts: tuple[Part, Part], recipe: Recipe, taught: bool
             print(f"{name}, epoch {done // per_epoch}: {time.perf_counter() - began:.0f} s", flush=True)
 
     task = Task(name, name, tensors, loss_of(small, learn, recipe, taught),
-                lambda _: torch.tensor(1 - recall_at_10(all_seen(small, check), check)),
+                lambda _: torch.tensor(1 - recall_at_10(all_seen(small, check, recipe.frozen), check)),
                 range(per_epoch), (0,), json.dumps(vars(recipe)))  # fmt: skip
     settings = Training(epochs=recipe.epochs, rate=recipe.rate, least=0.01, warmup=0.1, seed=0)
     return [1 - v for v in train(task, settings, work / name, progress).judged]
@@ -229,7 +234,7 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("drawings", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
-    for name in ("share", "size", "views", "epochs", "batch", "rate", "early", "drawings"):
+    for name in ("share", "size", "views", "epochs", "batch", "rate", "frozen", "drawings"):
         parser.add_argument(f"--{name}", type=type(getattr(Recipe, name)), default=getattr(Recipe, name))
     given = vars(parser.parse_args())
     model, drawings, out = (given.pop(k) for k in ("model", "drawings", "out"))
@@ -245,14 +250,17 @@ def main() -> int:
     print(
         f"picture tower: {before / 1e6:.0f} M multiply-adds -> {after / 1e6:.0f} M ({after / before:.1%})", flush=True
     )
-    learn = part_of(teacher, drawings / "train", out, side, recipe)
-    check, held = (part_of(teacher, drawings / name, out, side, None) for name in ("validation", "held-out"))
-    found = {"teacher": recall_at_10(held.first[0], held), "inherited": recall_at_10(all_seen(start, held), held)}
+    start.module.vision_model.to(memory_format=torch.channels_last)
+    learn, check, held = (
+        part_of((teacher, start), drawings / name, out, recipe) for name in ("train", "validation", "held-out")
+    )
+    found = {"teacher": recall_at_10(held.first[0], held)}
+    found["inherited"] = recall_at_10(all_seen(start, held, recipe.frozen), held)
     for name in ("taught", "alone"):
         small = replace(start, module=copy.deepcopy(start.module))
         curve = trained(small, (learn, check), recipe, name == "taught", out)
         print(f"{name}: recall@10 of validation by epoch {', '.join(f'{v:.1%}' for v in curve)}", flush=True)
-        found[name] = recall_at_10(all_seen(small, held), held)
+        found[name] = recall_at_10(all_seen(small, held, recipe.frozen), held)
         save(small, teacher, out / f"{name}-model")
     for name, value in found.items():
         print(f"{name:10} recall@10 of {len(held.rows)} held-out drawings {value:6.1%}")

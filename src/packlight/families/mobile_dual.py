@@ -25,6 +25,7 @@ LITE0 = (
     (6, 3, 1, 320, 1),
 )  # fmt: skip
 _LARGEST_SIDE = 8192
+_MOST_BLOCKS = 1024
 _EPSILON = 1e-3  # of the batch norms in the published weights
 
 
@@ -101,6 +102,8 @@ class EfficientNetLite(nn.Module):
         super().__init__()
         if not 0 <= size <= _LARGEST_SIDE:
             raise ValueError(f"size is {size}; it must lie from 0 to {_LARGEST_SIDE}")
+        if sum(count for *_, count in stages) > _MOST_BLOCKS:
+            raise ValueError(f"more than {_MOST_BLOCKS} blocks can't be right")
         self.size = size
         self.stem = _Conv(3, stem, 3, 2, 1, True)
         blocks, wide = [], stem

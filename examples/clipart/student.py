@@ -6,7 +6,7 @@ MODEL is the folder that `train.py` made, DRAWINGS its folder with train/, valid
 teacher sees each view of a picture once, texts keep the teacher's vectors, and the student's first blocks stay as
 inherited, so what they give is kept, too: an epoch costs the blocks that learn. Both students have the same shape, start
 from the same inherited channels and see the same views in the same order for as many steps; validation drawings say which
-epoch is kept. One learns from the pairs of pictures and
+epoch is kept. With `--arms fresh` a third one starts at random behind the first blocks. One learns from the pairs of pictures and
 words alone, by the contrastive loss of CLIP; the other also from its teacher: normalised features and similarities
 (CLIP-KD, Yang et al. 2024, arXiv 2307.12732; TinyCLIP, Wu et al. 2023, arXiv 2309.12314). Interrupted, the command goes
 on where it was.
@@ -44,6 +44,7 @@ from packlight.training import Task, Training, train
 
 FEATURES, AFFINITY, PAIRS = 1000.0, 1.0, 0.3  # weights of the losses with a teacher
 _CHOSEN = 64  # pictures that designs are compared on
+ARMS = ("taught", "alone", "fresh")  # with the teacher; without; without, and what learns starts at random
 _FREE = ("vision_model.", "visual_projection.")  # what learns; the text tower stays
 
 
@@ -188,21 +189,25 @@ def loss_of(small: Model, part: Part, recipe: Recipe, taught: bool) -> Callable[
     return loss
 
 
-def trained(small: Model, parts: tuple[Part, Part], recipe: Recipe, taught: bool, work: Path) -> list[float]:
-    """Train a student, in place. Returns the recall@10 of the validation drawings before and after each epoch."""
+def trained(small: Model, parts: tuple[Part, Part], recipe: Recipe, name: str, work: Path) -> list[float]:
+    """Train one of `ARMS`, in place. Returns the recall@10 of the validation drawings before and after each epoch."""
     learn, check = parts
     small.module.vision_model.to(memory_format=torch.channels_last)
     still = ("vision_model.stem.", *(f"vision_model.blocks.{i}." for i in range(recipe.frozen)))
     named = {n: p for n, p in small.module.named_parameters() if n.startswith(_FREE)}
     tensors = {n: p for n, p in named.items() if not n.startswith(still)}
-    began, name = time.perf_counter(), "taught" if taught else "alone"
-    per_epoch = len(learn.rows) // recipe.batch
+    if name == "fresh":
+        draw = torch.Generator().manual_seed(0)
+        for tensor in tensors.values():
+            fan = tensor[0].numel() if tensor.dim() > 1 else 0
+            tensor.data.normal_(std=(2 / fan) ** 0.5, generator=draw) if fan else tensor.data.zero_()
+    began, per_epoch = time.perf_counter(), len(learn.rows) // recipe.batch
 
     def progress(what: str, done: int, total: int) -> None:
         if done % per_epoch == 0:
             print(f"{name}, epoch {done // per_epoch}: {time.perf_counter() - began:.0f} s", flush=True)
 
-    task = Task(name, name, tensors, loss_of(small, learn, recipe, taught),
+    task = Task(name, name, tensors, loss_of(small, learn, recipe, name == "taught"),
                 lambda _: torch.tensor(1 - recall_at_10(all_seen(small, check, recipe.frozen), check)),
                 range(per_epoch), (0,), json.dumps(vars(recipe)))  # fmt: skip
     settings = Training(epochs=recipe.epochs, rate=recipe.rate, least=0.01, warmup=0.1, seed=0)
@@ -234,10 +239,11 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("drawings", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["taught", "alone"], help="what is trained")
     for name in ("share", "size", "views", "epochs", "batch", "rate", "frozen", "drawings"):
         parser.add_argument(f"--{name}", type=type(getattr(Recipe, name)), default=getattr(Recipe, name))
     given = vars(parser.parse_args())
-    model, drawings, out = (given.pop(k) for k in ("model", "drawings", "out"))
+    model, drawings, out, arms = (given.pop(k) for k in ("model", "drawings", "out", "arms"))
     recipe = Recipe(**given)
     out.mkdir(parents=True, exist_ok=True)
     teacher = packlight.load(str(model))
@@ -256,9 +262,9 @@ def main() -> int:
     )
     found = {"teacher": recall_at_10(held.first[0], held)}
     found["inherited"] = recall_at_10(all_seen(start, held, recipe.frozen), held)
-    for name in ("taught", "alone"):
+    for name in arms:
         small = replace(start, module=copy.deepcopy(start.module))
-        curve = trained(small, (learn, check), recipe, name == "taught", out)
+        curve = trained(small, (learn, check), recipe, name, out)
         print(f"{name}: recall@10 of validation by epoch {', '.join(f'{v:.1%}' for v in curve)}", flush=True)
         found[name] = recall_at_10(all_seen(small, held, recipe.frozen), held)
         save(small, teacher, out / f"{name}-model")

@@ -68,8 +68,10 @@ def equip(module: nn.Module, folder: Path, settings: dict[str, Any], tokenizer: 
     A student may take smaller pictures than the original's processor makes.
     """
     made = read_processing(folder, module, tokenizer)
-    side = settings["image"]["height"] if "image" in settings else made["image"]["height"]
-    return made if side == made["image"]["height"] else read_processing(folder, module, tokenizer, side)
+    side = settings.get("image", {}).get("height")
+    if side is None or side == made["image"]["height"]:
+        return made
+    return read_processing(folder, module, tokenizer, side)
 
 
 def open_pair(path: Path, texts: Sequence[str]) -> Pair:

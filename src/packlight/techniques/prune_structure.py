@@ -41,23 +41,23 @@ class PruneStructureConfig:
     Args:
         heads: path of an attention -> how many of its heads stay.
         hidden: path of a block -> how many hidden units of its feed-forward stay; multiples of 16 run fastest.
-        channels: path of an inverted residual block -> how many of its hidden channels stay; multiples of 8 run fastest.
         layers: paths of blocks that go. All paths are those of the original.
         score: 'second_order' takes what costs least after least squares; 'taylor' what the loss depends on least, to
             first order; 'magnitude' what has the smallest weights and needs no samples.
         compensate: let what stays make up for what goes, by least squares.
         order: 'least' important first; 'most' is for comparison only.
         damp: share of the mean diagonal added to the second moments.
+        channels: path of an inverted residual block -> how many of its hidden channels stay; multiples of 8 run fastest.
     """
 
     heads: Mapping[str, int] = field(default_factory=dict)
     hidden: Mapping[str, int] = field(default_factory=dict)
-    channels: Mapping[str, int] = field(default_factory=dict)
     layers: tuple[str, ...] = ()
     score: Literal["second_order", "taylor", "magnitude"] = "second_order"
     compensate: bool = True
     order: Literal["least", "most"] = "least"
     damp: float = 1e-4
+    channels: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in GROUPS:

@@ -7,6 +7,7 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from packlight.model import Model
 from packlight.plan import Plan, Step
 from packlight.pruning_plan import group_cost, measure_effects, prune_step, tower_cost
 from packlight.serve import open_served
-from packlight.structure import coupled
+from packlight.structure import GROUPS, coupled
 from packlight.techniques.prune_structure import PruneStructureConfig, prune_structure_
 
 ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -33,16 +34,17 @@ ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def uniform(model: Model, name: str, share: float) -> dict[str, Any]:
-    """The same share of every attention and every feed-forward, to compare with."""
-    tower = next(t for t in model.family.towers if t.name == name)
-    groups, goal = coupled(model.module, tower), share * tower_cost(model, tower, "operations")
+def uniform(model: Model, names: Sequence[str], share: float) -> dict[str, Any]:
+    """The same share of every attention, feed-forward and block of convolutions, to compare with."""
+    towers = [t for t in model.family.towers if t.name in names]
+    groups = [c for t in towers for c in coupled(model.module, t)]
+    goal = share * sum(tower_cost(model, t, "operations") for t in towers)
     for percent in range(1, 100):
         keep = {(c.kind, c.path): max(1, round(c.count * (100 - percent) / 100)) for c in groups}
         saved = sum((c.count - keep[c.kind, c.path]) * group_cost(model, c, "operations") for c in groups)
         if saved >= goal:
             break
-    return {kind: {p: n for (k, p), n in keep.items() if k == kind} for kind in ("heads", "hidden")}
+    return {kind: {p: n for (k, p), n in keep.items() if k == kind} for kind in GROUPS}
 
 
 def encoder_seconds(models: dict[str, Model], work: Path, rounds: int = 15) -> dict[str, float]:
@@ -66,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("recordings", type=Path)
-    parser.add_argument("--tower", default="encoder")
+    parser.add_argument("--tower", nargs="+", default=["encoder"], help="one budget for all that are named")
     parser.add_argument("--share", type=float, default=0.25, help="of its multiply-adds that goes")
     parser.add_argument("--work", type=Path, default=Path("work"), help="keeps what was measured")
     options = parser.parse_args()
@@ -76,9 +78,9 @@ def main() -> None:
     given = calibration_batches(original, read_dataset(options.recordings), Options(), options.work, None)
     observed, judged = divide(given)
     start = time.perf_counter()
-    effects = measure_effects(original, observed, judged, (options.tower,), options.work / "pruning.jsonl")
+    effects = measure_effects(original, observed, judged, options.tower, options.work / "pruning.jsonl")
     print(f"measuring {len(effects)} effects: {time.perf_counter() - start:.0f} s", flush=True)
-    step = prune_step(original, effects, (options.tower,), options.share)
+    step = prune_step(original, effects, options.tower, options.share)
     print(json.dumps(step.config, indent=1), step.reason, sep="\n", flush=True)
     with torch.no_grad():
         whole = [torch.log_softmax(family.run(original.module, b), -1) for b in judged]

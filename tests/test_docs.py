@@ -131,13 +131,15 @@ def test_plans_in_the_docs_are_read() -> None:
 
 def test_students_in_the_docs_are_built() -> None:
     pytest.importorskip("torch")
+    from packlight.designing import design_of
     from packlight.families.whisper import FAMILY, tiny
     from packlight.inheriting import student
     from packlight.model import Model
 
     found = [json.loads(b) for b in blocks(ROOT / "docs" / "howto" / "distill.md", "json")]
-    described = [v for v in found if not {"steps", "technique"} & set(v)]
+    described = [v for v in found if not {"steps", "technique", "vision"} & set(v)]
     assert described
+    assert [design_of(v["vision"]).share for v in found if "vision" in v] == [0.5]
     module = tiny(encoder_layers=4, decoder_layers=4, encoder_ffn_dim=1536, decoder_ffn_dim=1536)
     for description in described:
         shape = {k: v for k, v in description.items() if k not in ("distill", "scope", "audio_context")}

@@ -32,17 +32,18 @@ CONFIG = {
 }
 
 
-def made(seed=0):
+def made(seed=0, config=CONFIG):
     torch.manual_seed(seed)
-    return MobileDual(CONFIG).eval()
+    return MobileDual(config).eval()
 
 
-def save(folder):
+def save(folder, vision=None, side=32):
     from transformers import SiglipImageProcessorPil
 
-    write_module(folder, made(), CONFIG)
+    config = {**CONFIG, "vision_config": vision or CONFIG["vision_config"]}
+    write_module(folder, made(config=config), config)
     tokenizer_file(folder)
-    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
     return folder
 
 

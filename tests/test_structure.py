@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "retrieval",
     ),
     ("quant", "vocabulary", "vocabulary_*", "families", "families.*", "packing", "windows"),
-    ("convolutions", "static"),
+    ("convolutions", "static", "designing"),
     ("structure", "pruning"),
     ("layers", "training", "distilling"),
     ("listing", "observe", "lessons", "model", "waves"),

@@ -4,12 +4,13 @@ Which blocks of each tower, how many hidden units in the feed-forward layers, ho
 the width, since a head's size stays). What stays is copied, the first ones or the most important by magnitude: the
 squared weights that a unit, head or channel takes part in. Manual weight inheritance of TinyCLIP (Wu et al. 2023, arXiv
 2309.12314); blocks spread evenly, the first and the last among them, as in Distil-Whisper (Gandhi et al. 2023, arXiv
-2311.00430). The result has an ordinary config, so transformers loads it.
+2311.00430). The result has an ordinary config, so transformers loads it. A vision tower of convolutions is designed from a
+budget instead: see `packlight.designing`.
 """
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from packlight.designing import TOWER, design_of, settled, tower_of
 from packlight.errors import PlanError
-from packlight.families import Family, Tower
+from packlight.families import Batch, Family, Tower
 from packlight.model import Model
 
 CHOICES = ("importance", "first")
@@ -82,14 +84,16 @@ class _Cut:
     size: int
 
 
-def student(model: Model, description: Mapping[str, Any]) -> Model:
+def student(model: Model, description: Mapping[str, Any], batches: Sequence[Batch] = ()) -> Model:
     """A smaller model with a part of another's blocks and channels.
 
     Args:
         model: the original; it stays as it is.
         description: 'TOWER_layers', indices of blocks or how many; 'TOWER_ffn', hidden units; 'TOWER_heads', attention
             heads; TOWER is one of the model's towers (encoder, decoder; vision, text), and 'ffn' and 'heads' are for
-            all. 'choose': 'importance' or 'first'.
+            all. 'choose': 'importance' or 'first'. 'vision': a `packlight.designing.Design`, where that tower is made
+            of convolutions.
+        batches: calibration batches, to choose by among several designs.
 
     Returns:
         the student, of the same family, tokenizer and settings.
@@ -98,8 +102,9 @@ def student(model: Model, description: Mapping[str, Any]) -> Model:
         PlanError: an unknown key, a block that isn't there, more than the original has, or an architecture whose
             towers are no transformers.
     """
-    found = _cuts(model, description)
-    config = copy.deepcopy(model.module.config)
+    designing = _designed(model, description)
+    found = _cuts(model, {k: v for k, v in description.items() if k != "vision"} if designing else description)
+    config: Any = copy.deepcopy(model.module.config)
     for cut in found:
         own: Any = getattr(config, cut.names.config) if cut.names.config else config
         if getattr(own, "pooler_output_size", None) == getattr(own, cut.names.width):
@@ -108,15 +113,31 @@ def student(model: Model, description: Mapping[str, Any]) -> Model:
         setattr(own, cut.names.blocks, len(cut.blocks))
         setattr(own, cut.names.units, cut.units)
         setattr(own, cut.names.heads, cut.heads)
-    module = type(model.module)(config).eval()
-    _inherit_(module, model.module, found, str(description.get("choose", CHOICES[0])))
+    made = None
+    if designing:
+        design = design_of(description.get("vision", {}))
+        made, config.vision_config, _ = tower_of(model.module, model.settings["image"]["height"], design, batches)
+    module = type(model.module)(config.to_dict() if designing else config).eval()
+    _inherit_(module, model.module, found, str(description.get("choose", CHOICES[0])), made)
     if getattr(model.module, "generation_config", None) is not None:
         module.generation_config = copy.deepcopy(model.module.generation_config)
-    family = model.family if model.family.bind is None else model.family.bind(model.family, module, model.settings)
-    return replace(model, module=module, family=family, edits=[])
+    family, settings = model.family, model.settings
+    if designing:
+        family, settings = settled(family, module, settings)
+    elif family.bind is not None:
+        family = family.bind(family, module, settings)
+    return replace(model, module=module, family=family, settings=settings, edits=[])
 
 
 # The description ----------------------------------------------------------------------------------------------------
+
+
+def _designed(model: Model, description: Any) -> bool:
+    """Whether the vision tower is made of convolutions. Raises PlanError for a design where it is not."""
+    found = any(t.inverted is not None for t in model.family.towers)
+    if not found and isinstance(description, Mapping) and "vision" in description:
+        raise PlanError(f"{model.source.architecture} has no vision tower of convolutions that 'vision' could design.")
+    return found and isinstance(description, Mapping)
 
 
 def _names(family: Family) -> dict[str, _Sizes]:
@@ -125,7 +146,7 @@ def _names(family: Family) -> dict[str, _Sizes]:
 
 def _cuts(model: Model, description: Mapping[str, Any]) -> list[_Cut]:
     """What becomes of each tower. Raises PlanError."""
-    towers, names = model.family.towers, _names(model.family)
+    towers, names = [t for t in model.family.towers if t.inverted is None], _names(model.family)
     keys = ["choose", "ffn", "heads", *(f"{t.name}_{k}" for t in towers for k in ("layers", "ffn", "heads"))]
     if not isinstance(description, Mapping) or (unknown := sorted(set(description) - set(keys))):
         wrong = "is no JSON object" if not isinstance(description, Mapping) else f"names {', '.join(unknown)}"
@@ -174,19 +195,22 @@ def _count(description: Mapping[str, Any], own: str, general: str, most: int) ->
 # Copying ------------------------------------------------------------------------------------------------------------
 
 
-def _inherit_(module: nn.Module, original: nn.Module, cuts: list[_Cut], choose: str) -> None:
-    """Fill a student with what it inherits, in place."""
+def _inherit_(
+    module: nn.Module, original: nn.Module, cuts: list[_Cut], choose: str, designed: nn.Module | None
+) -> None:
+    """Fill a student with what it inherits, in place; a vision tower that was designed is already filled."""
     source = dict(original.state_dict())
     pick = _picker(source, cuts, choose)
     made = {}
+    ready = {} if designed is None else {f"{TOWER}.{n}": t for n, t in designed.state_dict().items()}
     for name, tensor in module.state_dict().items():
-        cut = next((c for c in cuts if _within(name, c) is not None), None)
-        old = name if cut is None else _old_name(name, cut)
-        value = source[old]
-        if cut is not None:
+        own = next((c for c in cuts if _within(name, c) is not None), None)
+        old = name if own is None else _old_name(name, own)
+        value = ready[name] if name in ready else source[old]
+        if own is not None:
             for axis, (have, want) in enumerate(zip(value.shape, tensor.shape, strict=True)):
                 if have != want:
-                    value = value.index_select(axis, pick(cut, old, axis, have, want))
+                    value = value.index_select(axis, pick(own, old, axis, have, want))
         if value.shape != tensor.shape:
             raise PlanError(f"{name} can't be cut to {list(tensor.shape)}: this kind of tower is not known.")
         made[name] = value

@@ -22,13 +22,13 @@ from packlight.model import Model
 from packlight.observe import Moments, moments
 from packlight.plan import Step, append_line, read_lines
 from packlight.pruning import columns_of, removal_order
-from packlight.structure import Coupled, blocks_of, coupled
+from packlight.structure import GROUPS, Coupled, coupled, droppable
 from packlight.techniques.prune_structure import NAME, PruneStructureConfig, narrowed
 
 Progress = Callable[[str, int, int], None]
 Unit = Literal["operations", "parameters"]
 _SHARES = (0.125, 0.25, 0.5, 0.75)  # of the groups of a block that are taken out to measure what that costs
-_WIDTH = 16  # hidden units stay in multiples of it: what kernels take at once
+_WIDTHS = {"heads": 1, "hidden": 16, "channels": 8}  # groups stay in multiples: what kernels take at once
 _DAMP = PruneStructureConfig.damp
 
 
@@ -38,7 +38,7 @@ class Effect:
 
     Args:
         path: of the attention or of the block.
-        kind: 'heads', 'hidden', or 'layers' for the block as a whole.
+        kind: 'heads', 'hidden', 'channels', or 'layers' for the block as a whole.
         removed: groups that go; 1 for a block.
         kl: per token.
     """
@@ -75,7 +75,7 @@ def measure_effects(
     groups = {t.name: coupled(module, t) for t in chosen}
     columns = {c.columns: module.get_submodule(c.columns) for found in groups.values() for c in found}
     jobs = [(t, c) for t in chosen for c in groups[t.name]]
-    jobs += [(t, f"{t.blocks}.{i}") for t in chosen for i in range(blocks_of(module, t)) if t.chained]  # type: ignore[misc]
+    jobs += [(t, path) for t in chosen for path in droppable(module, t)]  # type: ignore[misc]
     done = [Effect(**v) for v in read_lines(kept)]
     with torch.no_grad():
         if {(e.kind, e.path) for e in done} >= {_key(job) for _, job in jobs}:
@@ -123,14 +123,14 @@ def _measure(
     amounts = sorted({_amount(job, share) for share in _SHARES} - {0})
     own = inputs[job.columns]
     second = own.second(layer.bias is not None)
-    order = removal_order(layer.weight.detach(), second, job.size, max(amounts, default=0), _DAMP)[0]
+    order = removal_order(layer.weight.detach().flatten(1), second, job.size, max(amounts, default=0), _DAMP)[0]
     effects = []
     for amount in amounts:
         gone = set(order[:amount])
         index = columns_of(torch.tensor([i for i in range(job.count) if i not in gone]), job.size)
         weight, bias = narrowed(module, job.columns, index, own, _DAMP)
         layer.weight.zero_()
-        layer.weight[:, index] = weight
+        layer.weight[:, index] = weight.reshape(layer.weight[:, index].shape)
         if bias is not None:
             layer.bias.copy_(bias)
         effects.append(Effect(job.path, job.kind, amount, _divergence(model, pairs)))
@@ -140,10 +140,11 @@ def _measure(
 
 
 def _amount(groups: Coupled, share: float) -> int:
-    """How many groups go for a share: one head stays, and hidden units in multiples of `_WIDTH`."""
+    """How many groups go for a share: one head stays, and others in multiples of `_WIDTHS`."""
     if groups.kind == "heads":
         return min(max(1, round(share * groups.count)), groups.count - 1)
-    stay = max(_WIDTH, round((1 - share) * groups.count / _WIDTH) * _WIDTH)
+    width = _WIDTHS[groups.kind]
+    stay = max(width, round((1 - share) * groups.count / width) * width)
     return max(0, groups.count - stay)
 
 
@@ -277,7 +278,7 @@ def _start(model: Model, towers: Sequence[Tower], effects: Sequence[Effect], uni
 
 
 def _steps(groups: Coupled, points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """One head at a time, or what leaves a multiple of `_WIDTH` hidden units, along the lower convex hull."""
+    """One head at a time, or what leaves a multiple of `_WIDTHS`, along the lower convex hull."""
     hull: list[tuple[int, float]] = []
     for x, y in points:
         while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]) >= (y - hull[-2][1]) * (
@@ -285,7 +286,7 @@ def _steps(groups: Coupled, points: list[tuple[int, float]]) -> list[tuple[int, 
         ):
             hull.pop()
         hull.append((x, y))
-    stops = [x for x in range(1, hull[-1][0] + 1) if groups.kind == "heads" or (groups.count - x) % _WIDTH == 0]
+    stops = [x for x in range(1, hull[-1][0] + 1) if (groups.count - x) % _WIDTHS[groups.kind] == 0]
     values = [0.0, *(_on(hull, x) for x in stops)]
     return [
         (x - before, max(after_kl - kl, 0.0))
@@ -332,13 +333,12 @@ def _advance_(state: _State, left: float, blocks: Sequence[str]) -> bool:
 def _step(state: _State, towers: Sequence[Tower], share: float, reached: float, unit: Unit) -> Step:
     lines = [x for x in state.lines.values() if x.removed and x.groups.block not in state.dropped]
     keep = {
-        kind: {x.groups.path: x.groups.count - x.removed for x in lines if x.groups.kind == kind}
-        for kind in ("heads", "hidden")
+        kind: {x.groups.path: x.groups.count - x.removed for x in lines if x.groups.kind == kind} for kind in GROUPS
     }
     config = {k: v for k, v in {**keep, "layers": sorted(state.dropped)}.items() if v}
-    counts = {kind: sum(x.removed for x in lines if x.groups.kind == kind) for kind in ("heads", "hidden")}
-    words = [f"{counts['heads']} heads"] if counts["heads"] else []
-    words += [f"{counts['hidden']} hidden units"] if counts["hidden"] else []
+    names = {"heads": "heads", "hidden": "hidden units", "channels": "hidden channels"}
+    counts = {kind: sum(x.removed for x in lines if x.groups.kind == kind) for kind in GROUPS}
+    words = [f"{counts[kind]} {names[kind]}" for kind in GROUPS if counts[kind]]
     words += [f"{len(state.dropped)} blocks"] if state.dropped else []
     what = "multiply-adds" if unit == "operations" else "parameters"
     reason = (

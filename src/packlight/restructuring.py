@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from packlight.errors import PlanError
 from packlight.families import Batch
 from packlight.layers import Edit
 from packlight.model import Model
@@ -20,6 +21,7 @@ from packlight.techniques.separable import (
     check_convolutions,
     replace_convolutions_,
 )
+from packlight.techniques.student_tower import STUDENT_TOWER, check_student_tower, settle_, student_tower_
 
 _CONVOLUTIONS = (SEPARABLE_CONVOLUTION.name, GROUPED_CONVOLUTION.name)
 
@@ -27,6 +29,9 @@ _CONVOLUTIONS = (SEPARABLE_CONVOLUTION.name, GROUPED_CONVOLUTION.name)
 def check_restructuring(plan: Plan, model: Model) -> None:
     """Check the steps that change the structure. Raises PlanError."""
     pruning, factoring = _step(plan, PRUNE_STRUCTURE.name), _step(plan, LOW_RANK.name)
+    designing = _step(plan, STUDENT_TOWER.name)
+    if designing is not None:
+        _check_designing(plan, model, designing)
     for step in _convolving(plan):
         check_convolutions(model, _config(step), step.takes)
     if pruning is not None:
@@ -42,7 +47,7 @@ def needing_samples(plan: Plan) -> set[str]:
 
 
 def restructure_(model: Model, plan: Plan, batches: Sequence[Batch], work: Path) -> None:
-    """Replace convolutions, prune the structure and factor layers where the plan says so, in place.
+    """Design the vision tower anew, replace convolutions, prune the structure and factor layers where the plan says so, in place.
 
     Args:
         model: not yet quantized.
@@ -51,7 +56,8 @@ def restructure_(model: Model, plan: Plan, batches: Sequence[Batch], work: Path)
         work: folder that keeps the result, which a later call with the same plan takes up.
     """
     convolving, pruning, factoring = _convolving(plan), _step(plan, PRUNE_STRUCTURE.name), _step(plan, LOW_RANK.name)
-    if not convolving and pruning is None and factoring is None:
+    designing = _step(plan, STUDENT_TOWER.name)
+    if not convolving and pruning is None and factoring is None and designing is None:
         return
     from safetensors.torch import load_file, save_file
 
@@ -62,10 +68,13 @@ def restructure_(model: Model, plan: Plan, batches: Sequence[Batch], work: Path)
         model.module.load_state_dict(load_file(work / "structure.safetensors"), strict=False)
         if pruning is not None:
             update_config_(model.module, model.family.towers)
+        if designing is not None:
+            settle_(model)
         return
     before = len(model.edits)
+    designed = [] if designing is None else student_tower_(model, _config(designing), batches)
     replaced = [n for s in convolving for n in replace_convolutions_(model, _config(s), s.takes, batches)]
-    changed = [e.path for e in model.edits[before:]]
+    changed = list(dict.fromkeys([*designed, *(e.path for e in model.edits[before:])]))
     changed += [] if pruning is None else prune_structure_(model, _config(pruning), batches)
     notes: list[Any] = []
     if factoring is not None:
@@ -77,6 +86,19 @@ def restructure_(model: Model, plan: Plan, batches: Sequence[Batch], work: Path)
     save_file(tensors, work / "structure.safetensors")
     edits = [asdict(e) for e in model.edits[before:]]
     write_json(done, {"edits": edits, "convolutions": replaced, "low_rank": notes})
+
+
+def _check_designing(plan: Plan, model: Model, step: Step) -> None:
+    """Check a student's tower, and that no step changes the structure of what it replaces. Raises PlanError."""
+    check_student_tower(model, _config(step))
+    pruning = _step(plan, PRUNE_STRUCTURE.name)
+    config = None if pruning is None else _config(pruning)
+    paths = [] if config is None else [*config.layers, *(path for _, path in config.wanted)]
+    paths += [path for s in _convolving(plan) for path in model.layers() if s.takes(path)]
+    if any(path.startswith("vision_model.") for path in paths):
+        raise PlanError(
+            "student_tower builds the vision tower anew, so no other step may change its structure; leave one out."
+        )
 
 
 def _convolving(plan: Plan) -> list[Step]:

@@ -68,13 +68,17 @@ def search(
             kinds.pop(0)
     if tried and set(missed) <= {"latency", "memory"}:
         return list(tried.values()), overhead
-    # None does: the smallest plan that keeps the drop, whatever its size, by bisection.
+    _least(plans, run, lambda: len(tried) < TRIES)
+    return list(tried.values()), overhead
+
+
+def _least(plans: list[Plan], run: Callable[[Plan], Outcome], more: Callable[[], bool]) -> None:
+    """None does: the smallest plan that keeps the drop, whatever its size, by bisection."""
     rest = [p for p in plans if p.name.startswith("c")] or [p for p in plans if p.name.startswith("p")]
     low, high = 0, len(rest) - 1
-    while low <= high and len(tried) < TRIES:
+    while low <= high and more():
         middle = (low + high) // 2
         if "drop" in run(rest[middle])["missed"]:
             low = middle + 1
         else:
             high = middle - 1
-    return list(tried.values()), overhead

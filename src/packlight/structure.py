@@ -1,14 +1,19 @@
 """Making a model narrower or shallower: what belongs together, and the edits that log it.
 
-Heads and hidden units are groups of rows and columns that go together: a head's rows of query, key and value with its
-columns of the output; a hidden unit's row and bias of the first layer with its column of the second.
+Heads, hidden units and hidden channels are groups of rows and columns that go together: a head's rows of query, key and
+value with its columns of the output; a hidden unit's row and bias of the first layer with its column of the second; a
+hidden channel's row of the convolution that widens an inverted residual block and its filter with its column of the one
+that narrows it.
 
 Edits of this kind, all with plain JSON in `args`:
 
 - 'heads', path of the attention module: 'keep' heads of 'size' rows each stay. 'rows' names the layers that lose
   rows, 'columns' the one that loses columns; 'attributes' are set on the module at the path.
 - 'hidden', path of the block: 'keep' units stay; 'size' is 1, 'rows', 'columns' and 'attributes' as above.
+- 'channels', path of the block: as 'hidden', of convolutions.
 - 'drop_layer', path of the block in its nn.ModuleList: it goes, those after it move up. No arguments.
+- 'tower', path of a tower of convolutions: another takes its place, built from 'config'; 'blocks' says which block of the
+  old one each of its blocks comes from.
 - 'low_rank', path of a linear layer: two take its place, path.0 and path.1, with 'rank' numbers between them.
 
 Carried out in their order on the original architecture they give the same skeleton. An edit that narrows keeps the
@@ -25,15 +30,16 @@ from torch import Tensor, nn
 from packlight.convolutions import INNER
 from packlight.errors import PlanError
 from packlight.families import Tower
+from packlight.families.mobile_dual import EfficientNetLite
 
 
 @dataclass(frozen=True)
 class Coupled:
-    """The groups of one attention or one feed-forward: each is `size` rows of some layers and columns of another.
+    """The groups of one attention, feed-forward or inverted residual block: `size` rows of some layers, columns of another.
 
     Args:
-        path: of the attention module or, for hidden units, of the block: as plans and edits name it.
-        kind: 'heads' or 'hidden'.
+        path: of the attention module or, for hidden units and channels, of the block: as plans and edits name it.
+        kind: one of `GROUPS`.
         block: path of the block.
         rows: paths of the layers whose rows go.
         columns: path of the layer whose columns go.
@@ -81,7 +87,27 @@ def coupled(module: nn.Module, tower: Tower) -> list[Coupled]:
             weights = _weights(module, [first, second])
             if len(weights) == 2:
                 found.append(Coupled(block, "hidden", block, (first,), second, 1, len(weights[0])))
+        if tower.inverted is not None:
+            found += _channels(module, block, [f"{block}.{p}" for p in tower.inverted])
     return found
+
+
+def _channels(module: nn.Module, block: str, paths: Sequence[str]) -> list[Coupled]:
+    """The hidden channels of an inverted residual block; none where nothing widens it, so they are other blocks' too."""
+    layers = {path: layer for path, layer in module.named_modules() if path in paths}
+    if len(layers) < len(paths) or not all(isinstance(layer, nn.Conv2d) for layer in layers.values()):
+        return []
+    wide, alone, narrow = (layers[p] for p in paths)
+    count = int(wide.out_channels)
+    if wide.groups != 1 or narrow.groups != 1 or alone.groups != count or alone.out_channels != count:
+        return []
+    return [Coupled(block, "channels", block, (paths[0], paths[1]), paths[2], 1, count)]
+
+
+def droppable(module: nn.Module, tower: Tower) -> list[str]:
+    """Paths of the blocks that can be taken out: what leaves them has the shape of what enters."""
+    paths = [f"{tower.blocks}.{i}" for i in range(blocks_of(module, tower))] if tower.chained else []
+    return [p for p in paths if getattr(module.get_submodule(p), "residual", True)]
 
 
 def blocks_of(module: nn.Module, tower: Tower) -> int:
@@ -112,15 +138,20 @@ class LowRank(nn.Sequential):
 
 
 def narrow_(root: nn.Module, path: str, args: dict[str, Any]) -> nn.Module:
-    """Keep the first groups of an attention or a feed-forward. Returns the module at the path."""
+    """Keep the first groups of an attention, a feed-forward or a block of convolutions. Returns the module at the path."""
     kept = int(args["keep"]) * int(args["size"])
     for name in args["rows"]:
-        _resize_(_linear(root, name), slice(kept), slice(None))
-    _resize_(_linear(root, str(args["columns"])), slice(None), slice(kept))
+        _resize_(_plain(root, name), slice(kept), slice(None))
+    _resize_(_plain(root, str(args["columns"])), slice(None), slice(kept))
     module = root.get_submodule(path)
     for name, value in args["attributes"].items():
         setattr(module, name, value)
     return module
+
+
+def _plain(root: nn.Module, path: str) -> nn.Linear | nn.Conv2d:
+    layer = root.get_submodule(path)
+    return layer if isinstance(layer, nn.Conv2d) else _linear(root, path)
 
 
 def _linear(root: nn.Module, path: str) -> nn.Linear:
@@ -130,12 +161,19 @@ def _linear(root: nn.Module, path: str) -> nn.Linear:
     return layer
 
 
-def _resize_(layer: nn.Linear, rows: slice, columns: slice) -> None:
+def _resize_(layer: nn.Linear | nn.Conv2d, rows: slice, columns: slice) -> None:
     weight = layer.weight
     layer.weight = nn.Parameter(weight.detach()[rows, columns].clone(), requires_grad=weight.requires_grad)
     if layer.bias is not None:
         layer.bias = nn.Parameter(layer.bias.detach()[rows].clone(), requires_grad=layer.bias.requires_grad)
-    layer.out_features, layer.in_features = layer.weight.shape
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+        return
+    layer.out_channels = len(layer.weight)
+    if layer.groups > 1:  # each channel alone: those that stay are as many groups
+        layer.groups = layer.in_channels = layer.out_channels
+    else:
+        layer.in_channels = layer.weight.shape[1]
 
 
 def drop_layer_(root: nn.Module, path: str, args: dict[str, Any]) -> nn.Module:
@@ -152,6 +190,19 @@ def drop_layer_(root: nn.Module, path: str, args: dict[str, Any]) -> nn.Module:
     return blocks
 
 
+def tower_(root: nn.Module, path: str, args: dict[str, Any]) -> nn.Module:
+    """Put another tower of convolutions in the place of one; its weights are left to be filled. Returns it."""
+    old, config = root.get_submodule(path), dict(args["config"])
+    if not isinstance(old, EfficientNetLite):
+        raise PlanError(f"{path} is no tower of convolutions that another can take the place of.")
+    new = EfficientNetLite(**config).eval()
+    if len(new.blocks) != len(args["blocks"]) or new.head.conv.out_channels != old.head.conv.out_channels:
+        raise PlanError(f"{path}: the other tower does not fit in its place.")
+    setattr(root, path, new)
+    root.config.vision_config = config  # type: ignore[union-attr]
+    return new
+
+
 def factor_(root: nn.Module, path: str, args: dict[str, Any]) -> nn.Module:
     """Put two layers of a rank in the place of a linear one. Returns both, to be filled."""
     old = _linear(root, path)
@@ -161,10 +212,13 @@ def factor_(root: nn.Module, path: str, args: dict[str, Any]) -> nn.Module:
     return new
 
 
+GROUPS = ("heads", "hidden", "channels")
 SHAPES: dict[str, Callable[[nn.Module, str, dict[str, Any]], nn.Module]] = {
     "heads": narrow_,
     "hidden": narrow_,
+    "channels": narrow_,
     "drop_layer": drop_layer_,
+    "tower": tower_,
     "low_rank": factor_,
 }
 
@@ -173,7 +227,7 @@ _INNER = {"low_rank": (".0", ".1"), **INNER}  # kind -> what is added to the pat
 
 
 def original_path(path: str, edits: Sequence[Any]) -> str:
-    """The path that a layer had before these edits: blocks before it may have gone, or it is a factor of a layer."""
+    """The path that a layer had before these edits: blocks may have gone, or it is a factor of a layer."""
     for edit in reversed(edits):
         if edit.kind == "drop_layer":
             blocks, _, gone = edit.path.rpartition(".")
@@ -181,6 +235,11 @@ def original_path(path: str, edits: Sequence[Any]) -> str:
                 index, _, rest = path.removeprefix(f"{blocks}.").partition(".")
                 moved = int(index) + (int(index) >= int(gone))
                 path = f"{blocks}.{moved}" + (f".{rest}" if rest else "")
+        elif edit.kind == "tower":
+            blocks = f"{edit.path}.blocks."
+            if path.startswith(blocks):
+                index, _, rest = path.removeprefix(blocks).partition(".")
+                path = f"{blocks}{edit.args['blocks'][int(index)]}" + (f".{rest}" if rest else "")
         elif path in [edit.path + inner for inner in _INNER.get(edit.kind, ())]:
             path = edit.path
     return path
@@ -208,9 +267,9 @@ def update_config_(module: nn.Module, towers: Sequence[Tower]) -> bool:
     return fits
 
 
-def fill_(layer: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Give a layer these numbers, in place; its bias stays where none is given."""
+def fill_(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Give a layer these numbers, [out, in] or in the shape of its own, in place; its bias stays where none is given."""
     with torch.no_grad():
-        layer.weight.copy_(weight)
+        layer.weight.copy_(weight.reshape(layer.weight.shape))
         if bias is not None and layer.bias is not None:
             layer.bias.copy_(bias)

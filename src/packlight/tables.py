@@ -13,6 +13,7 @@ from packlight.techniques.prune_vocabulary import PRUNE_VOCABULARY
 from packlight.techniques.prune_weights import PRUNE_WEIGHTS
 from packlight.techniques.separable import GROUPED_CONVOLUTION, SEPARABLE_CONVOLUTION
 from packlight.techniques.static_int8 import STATIC_INT8
+from packlight.techniques.student_tower import STUDENT_TOWER
 from packlight.techniques.tune_scales import TUNE_SCALES
 
 FAMILIES: tuple[Family, ...] = (whisper.FAMILY, dual_encoder.FAMILY)
@@ -24,6 +25,7 @@ TECHNIQUES: dict[str, Technique] = {
         PRUNE_VOCABULARY,
         SEPARABLE_CONVOLUTION,
         GROUPED_CONVOLUTION,
+        STUDENT_TOWER,
         PRUNE_STRUCTURE,
         LOW_RANK,
         DISTILL,

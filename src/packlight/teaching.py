@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,8 @@ from packlight import __version__
 from packlight.applying import Options, calibration_batches, check_calibration, threads_of
 from packlight.data import CALIBRATION_LIMIT, Dataset, prompted, read_dataset
 from packlight.errors import DataError, PlanError
+from packlight.families import Batch
+from packlight.families.mobile_dual import MobileDual, write_module
 from packlight.inheriting import student
 from packlight.loading import load
 from packlight.model import Model
@@ -57,7 +60,7 @@ def distill(
     torch.set_num_threads(threads_of(options))
     teacher = load(model, trust_remote_code=options.trust_remote_code)
     check_calibration(teacher, dataset)
-    small, how = _student(teacher, wanted, options.seed)
+    small, how = _student(teacher, wanted, options.seed, [])
     key = _key(teacher, dataset, wanted, options)
     if (known := _known(out, key)) is not None:
         return known
@@ -66,6 +69,8 @@ def distill(
     processes = accelerator()
     with processes.main_process_first():  # the others read what it wrote
         batches = calibration_batches(teacher, dataset, options, work, progress, CALIBRATION_LIMIT)
+    if "vision" in wanted:  # among several designs the samples choose
+        small, how = _student(teacher, wanted, options.seed, batches)
     found = distill_(small, teacher.module, batches, how, work / "training", progress, key)
     counts = [sum(p.numel() for p in m.module.parameters()) for m in (teacher, small)]
     result = {
@@ -126,10 +131,12 @@ def _settings(wanted: dict[str, Any], name: str) -> Any:
         raise PlanError(f"The description's {name!r} has a setting of the wrong type ({error}).") from None
 
 
-def _student(teacher: Model, wanted: dict[str, Any], seed: int) -> tuple[Model, tuple[Any, list[str], int]]:
+def _student(
+    teacher: Model, wanted: dict[str, Any], seed: int, batches: Sequence[Batch]
+) -> tuple[Model, tuple[Any, list[str], int]]:
     """The student before its lessons, and how it is taught. Raises PlanError."""
     config, scope = _settings(wanted, "distill"), wanted.get("scope", ["*"])
-    small = student(teacher, {k: v for k, v in wanted.items() if k not in (*_EXTRA, "scope")})
+    small = student(teacher, {k: v for k, v in wanted.items() if k not in (*_EXTRA, "scope")}, batches)
     check_distill(small, config, scope)
     if "audio_context" in wanted:
         context = _settings(wanted, "audio_context")
@@ -168,7 +175,11 @@ def _write(teacher: Model, small: Model, result: dict[str, Any], out: Path) -> N
     shutil.rmtree(draft, ignore_errors=True)
     if hasattr(module.config, "audio_context"):  # fit decides that anew
         del module.config.audio_context
-    module.save_pretrained(draft)
+    if isinstance(module, MobileDual):
+        write_module(draft, module, module.config.to_dict())
+        small.settings["processor"].original.save_pretrained(draft)
+    else:
+        module.save_pretrained(draft)
     source = Path(teacher.source.path)
     if teacher.source.kind == "huggingface":
         for file in [f for pattern in ("*.json", "*.txt", "*.model", "LICENSE*") for f in source.glob(pattern)]:

@@ -55,6 +55,8 @@ class Tower:
         stepwise: whether it runs row by row on the device, so that its activations have one range per row anyway.
         attentions: of each block; none where heads can't be taken out.
         feed_forward: paths below the block of the layers before and after the hidden units; None likewise.
+        inverted: paths below an inverted residual block of the convolutions that widen it, see each hidden channel
+            alone, and narrow it; None for other blocks.
         config: attribute of the module's config that holds this tower's own, '' where they are one.
         count_key, hidden_key: names there of the number of blocks and of hidden units; '' where there are none.
     """
@@ -67,6 +69,7 @@ class Tower:
     stepwise: bool = False
     attentions: tuple[Attention, ...] = ()
     feed_forward: tuple[str, str] | None = None
+    inverted: tuple[str, str, str] | None = None
     config: str = ""
     count_key: str = ""
     hidden_key: str = ""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from packlight.errors import DataError
 from packlight.families import Attention, Batch, Family, Graph, Part, Tower, attention_at
 from packlight.families.dual_processing import read_processing, rows_of
-from packlight.families.mobile_dual import ARCHITECTURE, read_module
+from packlight.families.mobile_dual import ARCHITECTURE, InvertedResidual, read_module, scaled_to
 from packlight.families.pretrained import from_transformers, tokenizer_json
 from packlight.images import read_image
 
@@ -63,8 +63,15 @@ def read(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any
 
 
 def equip(module: nn.Module, folder: Path, settings: dict[str, Any], tokenizer: str) -> dict[str, Any]:
-    """Processor and tokenizer for a module that was built, from the files that the folder holds."""
-    return read_processing(folder, module, tokenizer)
+    """Processor and tokenizer for a module that was built, from the files that the folder holds; pictures as `settings` say.
+
+    A student may take smaller pictures than the original's processor makes.
+    """
+    made = read_processing(folder, module, tokenizer)
+    side = settings.get("image", {}).get("height")
+    if side is None or side == made["image"]["height"]:
+        return made
+    return read_processing(folder, module, tokenizer, side)
 
 
 def open_pair(path: Path, texts: Sequence[str]) -> Pair:
@@ -159,6 +166,12 @@ def sides(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         raise DataError("Two towers are compared by pictures with texts; some of these pictures have none.")
     texts = embed_text(module, batch["input_ids"], batch.get("attention_mask"))
     return embed_content(module, batch["pixel_values"]), texts, scale_of(module)
+
+
+def inputs(module: nn.Module, batch: Batch) -> Batch:
+    """The batch with pictures of the side that the module's graph takes."""
+    side = getattr(module.get_submodule(_VISION), "size", 0) if hasattr(module, _VISION) else 0
+    return {**batch, "pixel_values": scaled_to(batch["pixel_values"], side)} if side else batch
 
 
 # Exporting ----------------------------------------------------------------------------------------------------------
@@ -279,6 +292,8 @@ def _anatomy(module: nn.Module, tower: Tower) -> dict[str, Any]:
     if not tower.blocks:
         return {}
     block = next(iter(module.get_submodule(tower.blocks).children()))
+    if isinstance(block, InvertedResidual):
+        return {"inverted": ("expand.conv", "depthwise.conv", "project.conv")}
     linear = {path for path, layer in block.named_modules() if isinstance(layer, nn.Linear)}
     heads = next((a for a in _ATTENTIONS if linear.issuperset((a.query, a.key, a.value, a.out))), None)
     hidden = next((f for f in _FEED_FORWARDS if linear.issuperset(f)), None)
@@ -333,4 +348,5 @@ FAMILY = Family(
     bind=bind,
     equip=equip,
     sides=sides,
+    inputs=inputs,
 )

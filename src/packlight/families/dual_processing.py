@@ -4,6 +4,7 @@ The settings are tried on a picture and on texts when a model is read: one that 
 then, not after hours of work.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,14 @@ _PROBES = ("a photo of a cat.", "Two dogs, one ball!", "", "图片 é 1234")
 _TOLERANCE = 1e-3
 
 
-def read_processing(folder: Path, module: nn.Module, tokenizer: str) -> dict[str, Any]:
+def read_processing(folder: Path, module: nn.Module, tokenizer: str, side: int = 0) -> dict[str, Any]:
     """The settings of a dual encoder.
+
+    Args:
+        folder: with the files of processor and tokenizer.
+        module: the model.
+        tokenizer: text of its tokenizer.json.
+        side: of the pictures that the model takes, where it is not the processor's own.
 
     Returns:
         'processor': picture uint8 [height, width, 3] -> [1, 3, h, w]; 'tokenizer': texts -> 'input_ids',
@@ -32,6 +39,7 @@ def read_processing(folder: Path, module: nn.Module, tokenizer: str) -> dict[str
         ModelError: no processor or tokenizer in the folder, or one that the device can't repeat.
     """
     processor = _image_processor(folder)
+    processor = with_side(processor, side) if side else processor
     image = image_settings(processor, folder)
     tokenize, text = _text(folder, module, tokenizer)
     return {"processor": processor, "tokenizer": tokenize, "image": image.to_dict(), "text": text.to_dict()}
@@ -41,7 +49,6 @@ def read_processing(folder: Path, module: nn.Module, tokenizer: str) -> dict[str
 
 
 def _image_processor(folder: Path) -> Callable[[np.ndarray], Tensor]:
-    from PIL import Image
     from transformers import AutoImageProcessor
 
     try:
@@ -51,12 +58,29 @@ def _image_processor(folder: Path) -> Callable[[np.ndarray], Tensor]:
             f"{folder} has no picture processor that transformers reads ({str(error).splitlines()[0]}). Put the model's "
             "preprocessor_config.json there."
         ) from None
+    return _process_by(made)
+
+
+def _process_by(made: Any) -> Callable[[np.ndarray], Tensor]:
+    from PIL import Image
 
     def process(picture: np.ndarray) -> Tensor:
         return made(images=Image.fromarray(picture), return_tensors="pt")["pixel_values"].float()
 
     process.original = made
     return process
+
+
+def with_side(process: Any, side: int) -> Callable[[np.ndarray], Tensor]:
+    """A processor that makes square pictures of another side; a shorter side it scales to keeps its proportion to it."""
+    made = copy.deepcopy(process.original)
+    if getattr(made, "do_center_crop", False):
+        before = int(made.crop_size["height"])
+        made.crop_size = {"height": side, "width": side}
+        made.size = {k: round(v * side / before) for k, v in dict(made.size).items() if v}
+    else:
+        made.size = {"height": side, "width": side}
+    return _process_by(made)
 
 
 def image_settings(process: Any, folder: Path) -> ImageSettings:

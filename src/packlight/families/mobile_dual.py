@@ -24,6 +24,8 @@ LITE0 = (
     (1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4),
     (6, 3, 1, 320, 1),
 )  # fmt: skip
+_LARGEST_SIDE = 8192
+_MOST_BLOCKS = 1024
 _EPSILON = 1e-3  # of the batch norms in the published weights
 
 
@@ -46,21 +48,44 @@ class _Conv(nn.Module):
         return nn.functional.relu6(made) if self.active else made
 
 
-class Block(nn.Module):
-    """An inverted residual block: widen, depthwise convolution, narrow (Sandler et al. 2018, arXiv 1801.04381)."""
+class InvertedResidual(nn.Module):
+    """An inverted residual block: widen, depthwise convolution, narrow (Sandler et al. 2018, arXiv 1801.04381).
 
-    def __init__(self, wide: int, out: int, expansion: int, kernel: int, stride: int) -> None:
+    With `groups` the first and the last are convolutions in groups, and hidden channels are dealt out anew between them,
+    so that each group of the last sees all groups of the first (ShuffleNet, Zhang et al. 2017, arXiv 1707.01083).
+    """
+
+    def __init__(self, channels: tuple[int, int], expansion: float, kernel: int, stride: int, groups: int = 1) -> None:
         super().__init__()
-        inner = wide * expansion
-        self.expand = _Conv(wide, inner, 1, 1, 1, True) if expansion > 1 else nn.Identity()
+        wide, out = channels
+        inner = hidden_of(wide, expansion)
+        if groups > 1 and inner % groups**2:
+            raise ValueError(f"{inner} hidden channels can't be dealt out from {groups} groups to {groups} others")
+        self.expand = _Conv(wide, inner, 1, 1, groups, True) if expansion > 1 else nn.Identity()
         self.depthwise = _Conv(inner, inner, kernel, stride, inner, True)
-        self.project = _Conv(inner, out, 1, 1, 1, False)
+        self.project = _Conv(inner, out, 1, 1, groups, False)
         self.residual = stride == 1 and wide == out
+        self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [n, channels, height, width] to the same, narrower or at half the resolution."""
-        made: Tensor = self.project(self.depthwise(self.expand(x)))
+        hidden: Tensor = self.depthwise(self.expand(x))
+        if self.groups > 1:
+            hidden = hidden.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
+        made: Tensor = self.project(hidden)
         return x + made if self.residual else made
+
+
+def hidden_of(wide: int, expansion: float) -> int:
+    """Hidden channels of a block: the product, where the expansion is no whole number the nearest multiple of 8."""
+    return wide * int(expansion) if expansion == int(expansion) else max(8, round(wide * expansion / 8) * 8)
+
+
+def scaled_to(pictures: Tensor, side: int) -> Tensor:
+    """Pictures [n, 3, height, width] with another side; as they are where they have it, or where it is 0."""
+    if not side or pictures.shape[-2:] == (side, side):
+        return pictures
+    return nn.functional.interpolate(pictures, (side, side), mode="bicubic", antialias=True)
 
 
 class EfficientNetLite(nn.Module):
@@ -70,22 +95,30 @@ class EfficientNetLite(nn.Module):
         stem: channels of the first convolution.
         head: channels of the last.
         stages: (expansion, kernel, stride, channels, blocks) of each.
+        groups: of the convolutions of kernel 1 in the blocks.
+        size: sides that pictures of another size are scaled to first; 0 takes them as they are.
     """
 
-    def __init__(self, stem: int, head: int, stages: Any) -> None:
+    def __init__(self, stem: int, head: int, stages: Any, groups: int = 1, size: int = 0) -> None:
         super().__init__()
+        if not 0 <= size <= _LARGEST_SIDE:
+            raise ValueError(f"size is {size}; it must lie from 0 to {_LARGEST_SIDE}")
+        if sum(count for *_, count in stages) > _MOST_BLOCKS:
+            raise ValueError(f"more than {_MOST_BLOCKS} blocks can't be right")
+        self.size = size
         self.stem = _Conv(3, stem, 3, 2, 1, True)
         blocks, wide = [], stem
         for expansion, kernel, stride, channels, count in stages:
             for i in range(count):
-                blocks.append(Block(wide, channels, expansion, kernel, stride if i == 0 else 1))
+                step = stride if i == 0 else 1
+                blocks.append(InvertedResidual((wide, channels), expansion, kernel, step, groups))
                 wide = channels
         self.blocks = nn.ModuleList(blocks)
         self.head = _Conv(wide, head, 1, 1, 1, True)
 
     def forward(self, x: Tensor) -> Tensor:
         """The mean over the last features."""
-        x = self.stem(x)
+        x = self.stem(scaled_to(x, self.size))
         for block in self.blocks:
             x = block(x)
         return self.pool(x)
@@ -101,7 +134,7 @@ class MobileDualConfig:
 
     Args:
         text_config: of the BERT.
-        vision_config: 'stem', 'head' and 'stages' of the EfficientNet-Lite.
+        vision_config: arguments of the EfficientNet-Lite: 'stem', 'head', 'stages'; 'groups' and 'size' where it has them.
         projection_dim: width of the common space.
     """
 
@@ -125,7 +158,7 @@ class MobileDual(nn.Module):
     """Both towers and their projections, with the face of a dual encoder of transformers.
 
     Args:
-        config: of `config.json`: 'vision_config' {'stem', 'head', 'stages'}, 'text_config' of a BERT, 'projection_dim'.
+        config: of `config.json`: 'vision_config' of an `EfficientNetLite`, 'text_config' of a BERT, 'projection_dim'.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -134,7 +167,7 @@ class MobileDual(nn.Module):
         super().__init__()
         text = BertConfig(**config["text_config"])
         vision, wide = config["vision_config"], int(config["projection_dim"])
-        self.vision_model = EfficientNetLite(vision["stem"], vision["head"], vision["stages"])
+        self.vision_model = EfficientNetLite(**vision)
         self.text_model = BertModel(text, add_pooling_layer=False)
         self.visual_projection = nn.Linear(vision["head"], wide, bias=False)
         self.text_projection = nn.Linear(text.hidden_size, wide, bias=False)

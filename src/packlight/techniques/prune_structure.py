@@ -1,7 +1,8 @@
-"""Attention heads, hidden units and whole blocks out of transformer towers: smaller on disk, and fewer operations.
+"""Attention heads, hidden units, hidden channels of inverted residual blocks and whole blocks out of towers.
 
-What belongs together goes together: a head's rows of query, key and value with its columns of the output, a hidden
-unit's row and bias with its column. The plan says how many stay in each block; which ones, the calibration samples
+The model is smaller on disk and does fewer operations. What belongs together goes together: a head's rows of query, key
+and value with its columns of the output, a hidden unit's row and bias with its column, a hidden channel's row of the
+widening convolution and its own filter with its column of the narrowing one. The plan says how many stay in each block; which ones, the calibration samples
 decide. Blocks are pruned in the order in which they run, each on the inputs that the pruned blocks before it give, and
 what stays in a block makes up for what went by least squares.
 
@@ -26,7 +27,7 @@ from packlight.layers import Edit
 from packlight.model import Model
 from packlight.observe import Moments, moments
 from packlight.pruning import columns_of, compensated, magnitudes, removal_order, shifted
-from packlight.structure import Coupled, blocks_of, coupled, fill_, update_config_
+from packlight.structure import GROUPS, Coupled, blocks_of, coupled, droppable, fill_, update_config_
 from packlight.techniques import Stage, Technique
 from packlight.waves import Measure, waves
 
@@ -46,6 +47,7 @@ class PruneStructureConfig:
         compensate: let what stays make up for what goes, by least squares.
         order: 'least' important first; 'most' is for comparison only.
         damp: share of the mean diagonal added to the second moments.
+        channels: path of an inverted residual block -> how many of its hidden channels stay; multiples of 8 run fastest.
     """
 
     heads: Mapping[str, int] = field(default_factory=dict)
@@ -55,10 +57,11 @@ class PruneStructureConfig:
     compensate: bool = True
     order: Literal["least", "most"] = "least"
     damp: float = 1e-4
+    channels: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, what in (("heads", "of an attention"), ("hidden", "of a block")):
-            values = getattr(self, name)
+        for name in GROUPS:
+            values, what = getattr(self, name), "of an attention" if name == "heads" else "of a block"
             if not isinstance(values, Mapping):
                 raise PlanError(f"{name} is {values!r}; it must be an object: path {what} -> how many stay.")
             for path, count in values.items():
@@ -73,18 +76,23 @@ class PruneStructureConfig:
             raise PlanError(f"order is {self.order!r}; it must be 'least' or 'most'.")
         if not 0 < self.damp <= 1:
             raise PlanError(f"damp is {self.damp}; it must lie above 0 and up to 1.")
-        if not (self.heads or self.hidden or self.layers):
-            raise PlanError("it names no heads, hidden or layers, so there is nothing to prune.")
+        if not (self.wanted or self.layers):
+            raise PlanError(f"it names no {', '.join(GROUPS)} or layers, so there is nothing to prune.")
+
+    @property
+    def wanted(self) -> dict[tuple[str, str], int]:
+        """(kind, path) -> how many groups stay."""
+        return {(kind, path): keep for kind in GROUPS for path, keep in getattr(self, kind).items()}
 
     @property
     def watches(self) -> bool:
         """Whether it looks at the inputs of layers."""
-        return bool(self.heads or self.hidden) and (self.compensate or self.score == "second_order")
+        return bool(self.wanted) and (self.compensate or self.score == "second_order")
 
     @property
     def feedback(self) -> bool:
         """Whether it needs calibration samples."""
-        return self.watches or (bool(self.heads or self.hidden) and self.score == "taylor")
+        return self.watches or (bool(self.wanted) and self.score == "taylor")
 
 
 def check_structure(model: Model, config: PruneStructureConfig) -> None:
@@ -95,23 +103,20 @@ def check_structure(model: Model, config: PruneStructureConfig) -> None:
             are, a tower that would lose all its blocks.
     """
     found = {(c.kind, c.path): c for tower in model.family.towers for c in coupled(model.module, tower)}
-    for kind, wanted in (("heads", config.heads), ("hidden", config.hidden)):
-        for path, keep in wanted.items():
-            if (kind, path) not in found:
-                known = ", ".join(p for k, p in found if k == kind) or "none in this model"
-                raise PlanError(f"prune_structure: {path} has no {kind} that can be pruned. Those that have: {known}.")
-            if keep > found[kind, path].count:
-                raise PlanError(f"prune_structure keeps {keep} {kind} of {path}, which has {found[kind, path].count}.")
-            block = found[kind, path].block
-            if block in config.layers:
-                raise PlanError(
-                    f"prune_structure names {block} in layers and in {kind}; a block that goes has neither."
-                )
+    for (kind, path), keep in config.wanted.items():
+        if (kind, path) not in found:
+            known = ", ".join(p for k, p in found if k == kind) or "none in this model"
+            raise PlanError(f"prune_structure: {path} has no {kind} that can be pruned. Those that have: {known}.")
+        if keep > found[kind, path].count:
+            raise PlanError(f"prune_structure keeps {keep} {kind} of {path}, which has {found[kind, path].count}.")
+        block = found[kind, path].block
+        if block in config.layers:
+            raise PlanError(f"prune_structure names {block} in layers and in {kind}; a block that goes has neither.")
     for tower in model.family.towers:
         blocks = [f"{tower.blocks}.{i}" for i in range(blocks_of(model.module, tower))]
         if blocks and set(blocks) <= set(config.layers):
             raise PlanError(f"prune_structure takes out every block of the {tower.name} tower; leave it one.")
-    blocks = [f"{t.blocks}.{i}" for t in model.family.towers for i in range(blocks_of(model.module, t)) if t.chained]
+    blocks = [path for tower in model.family.towers for path in droppable(model.module, tower)]
     strangers = [p for p in config.layers if p not in blocks]
     if strangers:
         raise PlanError(
@@ -133,7 +138,7 @@ def prune_structure_(model: Model, config: PruneStructureConfig, batches: Sequen
     check_structure(model, config)
     if config.feedback and not batches:
         raise PlanError(f"prune_structure with the score {config.score!r} needs calibration samples.")
-    wanted = {("heads", p): n for p, n in config.heads.items()} | {("hidden", p): n for p, n in config.hidden.items()}
+    wanted = config.wanted
     scores = taylor(model, batches) if config.score == "taylor" else {}
     for path in sorted(config.layers, key=lambda p: (p.rpartition(".")[0], -int(p.rpartition(".")[2]))):
         model.edit_(Edit(path, "drop_layer"))
@@ -175,7 +180,7 @@ def choose(
     """The groups that stay, rising; among equal scores the first ones go."""
     remove = groups.count - keep
     reader: Any = module.get_submodule(groups.columns)
-    weight = reader.weight.detach()
+    weight = reader.weight.detach().flatten(1)
     if config.score == "second_order":
         assert inputs is not None
         second = inputs.second(reader.bias is not None)
@@ -189,15 +194,15 @@ def choose(
 
 
 def _rows(layer: Any) -> Tensor:
-    """The rows of a layer with its bias, of value or of the first layer of a feed-forward: [out, in + 1] or [out, in]."""
-    weight: Tensor = layer.weight.detach()
+    """The rows of a layer with its bias, of the last that makes the groups: [out, in + 1] or [out, in]."""
+    weight: Tensor = layer.weight.detach().flatten(1)
     return weight if layer.bias is None else torch.cat([weight, layer.bias.detach()[:, None]], 1)
 
 
 def narrowed(module: nn.Module, path: str, kept: Tensor, inputs: Moments | None, damp: float) -> tuple[Tensor, Any]:
-    """(weight, bias) of a layer that has these columns left; as they were without `inputs`, else by least squares."""
+    """(weight [out, in], bias) of a layer that has these columns left: as they were, or with `inputs` by least squares."""
     layer: Any = module.get_submodule(path)
-    weight = layer.weight.detach()
+    weight = layer.weight.detach().flatten(1)
     bias = None if layer.bias is None else layer.bias.detach()
     if inputs is None:
         return weight[:, kept], bias
@@ -206,7 +211,7 @@ def narrowed(module: nn.Module, path: str, kept: Tensor, inputs: Moments | None,
 
 
 def take_(model: Model, groups: Coupled, kept: Tensor, inputs: Moments | None, damp: float) -> None:
-    """Leave these groups of an attention or a feed-forward, in place, and log it."""
+    """Leave these groups of an attention, a feed-forward or a block of convolutions, in place, and log it."""
     module = model.module
     index = columns_of(kept, groups.size)
     weight, bias = narrowed(module, groups.columns, index, inputs, damp)
@@ -260,10 +265,10 @@ def _effect(groups: Coupled, layers: Mapping[str, Any], effects: Mapping[int, Te
     total = torch.zeros(groups.count * groups.size, dtype=torch.float64)
     for path in groups.rows:
         weight, bias = effects.get(id(layers[path].weight)), effects.get(id(layers[path].bias))
-        total += 0 if weight is None else weight.sum(1)
+        total += 0 if weight is None else weight.flatten(1).sum(1)
         total += 0 if bias is None else bias
     read = effects.get(id(layers[groups.columns].weight))
-    total += 0 if read is None else read.sum(0)
+    total += 0 if read is None else read.flatten(1).sum(0)
     return total.view(groups.count, groups.size).sum(1)
 
 
@@ -274,5 +279,5 @@ PRUNE_STRUCTURE = Technique(
     stage=Stage.PRUNE,
     needs=("gram",),
     paper="ZipLM, Kurtic et al. 2023, arXiv 2302.04089",
-    summary="heads, hidden units and blocks out, the rest made up by least squares: smaller and faster",
+    summary="heads, hidden units, channels and blocks out, the rest made up by least squares: smaller and faster",
 )

@@ -24,6 +24,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "audio",
         "context",
         "images",
+        "patches",
+        "sounds",
         "texts",
         "metrics",
         "retrieval",

@@ -257,9 +257,11 @@ def distill(
 def run(
     bundle: Folder,
     inputs: Annotated[
-        list[str] | None, typer.Argument(help="Audio files: FLAC, WAV, OGG or MP3. Or words, with --images.")
+        list[str] | None,
+        typer.Argument(help="Audio files: FLAC, WAV, OGG or MP3. Or words, with --images or --sounds."),
     ] = None,
     images: Annotated[Path | None, typer.Option(readable=False, help="Pictures to search or sort.")] = None,
+    sounds: Annotated[Path | None, typer.Option(readable=False, help="Recordings to search or sort.")] = None,
     labels: Annotated[str | None, typer.Option(help="Classes: cat,dog or a file with one per line.")] = None,
     template: Templates = None,
     top: Annotated[int, typer.Option(min=1, help="Answers to name.")] = 5,
@@ -268,12 +270,12 @@ def run(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Transcribe files, rank pictures for words, or sort pictures into classes. Needs no PyTorch."""
+    """Transcribe files, rank pictures or sounds for words, or sort them into classes. Needs no PyTorch."""
     from packlight.answering import Question, ask, labels_of
     from packlight.serve import open_served
 
     named = labels_of(labels) if labels else ()
-    question = Question(tuple(inputs or ()), images, named, tuple(template or ()), top, language, task)
+    question = Question(tuple(inputs or ()), images, sounds, named, tuple(template or ()), top, language, task)
     rows, failed = [], False
     for row, line in ask(open_served(bundle, threads), question):
         if row is None:

@@ -1,4 +1,4 @@
-"""Frozen classes: of a dual encoder only the picture tower ships, with one vector per class in 8 bits. No torch.
+"""Frozen classes: of a dual encoder only the tower for pictures or sounds ships, with a vector per class in 8 bits.
 
 For a fixed list of labels the text tower has said all that it will ever say. Its vectors are rounded to int8 with one
 scale per class, symmetric and to nearest, so that a score moves by at most half a step times the norms.
@@ -18,13 +18,13 @@ from packlight.texts import checked_templates
 
 
 def freeze(served: Served, labels: Sequence[str], out: Path, templates: Sequence[str] = ()) -> Bundle:
-    """Write a bundle that sorts pictures into these classes and nothing else.
+    """Write a bundle that sorts pictures, or sounds, into these classes and nothing else. No torch.
 
     Args:
         served: an open bundle with both towers.
         labels: two or more, all different.
         out: the new bundle's folder.
-        templates: what labels are asked with, {} in place of the label; none for "a photo of a {}.".
+        templates: what labels are asked with, {} in place of the label; none for the default of `packlight.texts`.
 
     Raises:
         BundleError: a bundle without towers.
@@ -34,22 +34,23 @@ def freeze(served: Served, labels: Sequence[str], out: Path, templates: Sequence
         raise BundleError(f"{served.bundle.path} has no text tower to take class vectors from. Name another bundle.")
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise DataError(f"Classes are frozen for two or more different labels; got {', '.join(labels) or 'none'}.")
-    templates = checked_templates(templates)
+    kind = served.encoder.settings.kind
+    templates = checked_templates(templates, kind)
     source = served.bundle
-    graph = (source.path / source.manifest["graphs"]["image"]).read_bytes()
+    graph = (source.path / source.manifest["graphs"][kind]).read_bytes()
     weights = dict(read_weights(source.path / WEIGHTS, external_names(graph)))
     codes, scale = rounded(served.encoder.embed_classes(labels, templates))
     weights.update({f"{PROTOTYPES}/codes": codes, f"{PROTOTYPES}/scale": scale})
-    serving = {k: source.manifest["serving"][k] for k in ("image", "scale", "language", "task")}
+    serving = {k: source.manifest["serving"][k] for k in (kind, "scale", "language", "task")}
     manifest = {k: v for k, v in source.manifest.items() if k not in ("version", "files", "records", "reload", "model")}
     manifest.update(
-        task="image-classes",
-        graphs={"image": "image.onnx"},
+        task=f"{kind}-classes",
+        graphs={kind: f"{kind}.onnx"},
         serving={**serving, "labels": list(labels), "templates": list(templates)},
     )
 
     def fill(folder: Path) -> None:
-        (folder / "image.onnx").write_bytes(graph)
+        (folder / f"{kind}.onnx").write_bytes(graph)
         write_weights(folder / WEIGHTS, weights)
         card = (source.path / "README.md").read_text(encoding="utf-8")
         (folder / "README.md").write_text(f"{card}\n## Classes\n\n{', '.join(labels)}\n", encoding="utf-8")

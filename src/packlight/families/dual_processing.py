@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight.errors import ModelError
+from packlight.families import dual_patches, dual_sound
 from packlight.images import ImageSettings, pixels
 from packlight.texts import TextSettings, tokenizer_of
 
@@ -25,16 +26,26 @@ def read_processing(folder: Path, module: nn.Module, tokenizer: str) -> dict[str
     """The settings of a dual encoder.
 
     Returns:
-        'processor': picture uint8 [height, width, 3] -> [1, 3, h, w]; 'tokenizer': texts -> 'input_ids',
-        'attention_mask' as the model takes them; 'image', 'text': plain settings for the device.
+        'processor': picture uint8 [height, width, 3] -> {'pixel_values' [1, 3, h, w]}, or what else the tower takes;
+        'tokenizer': texts -> 'input_ids', 'attention_mask' as the model takes them; 'image' (of CLAP 'audio'), 'text':
+        plain settings for the device.
 
     Raises:
         ModelError: no processor or tokenizer in the folder, or one that the device can't repeat.
     """
-    processor = _image_processor(folder)
-    image = image_settings(processor, folder)
     tokenize, text = _text(folder, module, tokenizer)
-    return {"processor": processor, "tokenizer": tokenize, "image": image.to_dict(), "text": text.to_dict()}
+    kind, process, content = _content(folder, module)
+    return {"processor": process, "tokenizer": tokenize, kind: content.to_dict(), "text": text.to_dict()}
+
+
+def _content(folder: Path, module: nn.Module) -> tuple[str, Callable[[np.ndarray], dict[str, Tensor]], Any]:
+    """('image' or 'audio', what prepares it for the tower, the settings that do the same on the device)."""
+    if module.config.model_type == "clap":
+        return "audio", *dual_sound.processing(folder, module)
+    processor = _image_processor(folder)
+    if module.config.model_type == "siglip2":
+        return "image", *dual_patches.processing(folder, module, processor.original)
+    return "image", lambda picture: {"pixel_values": processor(picture)}, image_settings(processor, folder)
 
 
 # Pictures -----------------------------------------------------------------------------------------------------------

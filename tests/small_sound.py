@@ -12,7 +12,7 @@ from small_dual import TEXT, WORDS, tokenizer_file
 
 RATE = 16000
 EXTRACTOR = {
-    "feature_size": 32, "sampling_rate": RATE, "hop_length": 160, "max_length_s": 1, "fft_window_size": 512,
+    "feature_size": 64, "sampling_rate": RATE, "hop_length": 160, "max_length_s": 1, "fft_window_size": 512,
     "frequency_min": 50, "frequency_max": 7000,
 }  # fmt: skip
 
@@ -23,7 +23,7 @@ def build(fused: bool = False) -> Any:
 
     torch.manual_seed(0)
     audio = {
-        "window_size": 4, "num_mel_bins": 32, "spec_size": 64, "patch_size": 4, "patch_stride": [4, 4],
+        "window_size": 4, "num_mel_bins": 64, "spec_size": 128, "patch_size": 8, "patch_stride": [8, 8],
         "patch_embeds_hidden_size": 16, "hidden_size": 32, "depths": [2, 2], "num_attention_heads": [2, 4],
         "num_hidden_layers": 2, "projection_dim": 24, "aff_block_r": 4, "enable_fusion": fused,
         "fusion_type": None,
@@ -37,8 +37,8 @@ def build(fused: bool = False) -> Any:
                 tensor.normal_(0, 0.5)  # zeros would hide a mistake
         for layer in model.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):
-                layer.running_mean.normal_(-30 if layer.num_features == 32 else 0, 1)
-                layer.running_var.uniform_(0.5, 400 if layer.num_features == 32 else 2)
+                layer.running_mean.normal_(-30 if layer.num_features == 64 else 0, 1)
+                layer.running_var.uniform_(0.5, 400 if layer.num_features == 64 else 2)
     return model
 
 

@@ -81,14 +81,14 @@ def features(audio: Array, settings: SoundSettings) -> Array:
     """
     if len(audio) <= settings.longest:
         whole = _spectrogram(_filled(audio, settings), np.arange(settings.frames), settings)
-        return np.ascontiguousarray(np.broadcast_to(whole, (1, 4 if settings.fused else 1, *whole.shape)))
+        return np.repeat(whole[None, None], 4 if settings.fused else 1, axis=1)
     if not settings.fused:
         start = (len(audio) - settings.longest) // 2
         return _spectrogram(audio[start : start + settings.longest], np.arange(settings.frames), settings)[None, None]
     total = len(audio) // settings.hop + 1
     if total == settings.frames:
         whole = _spectrogram(audio, np.arange(total), settings)
-        return np.ascontiguousarray(np.broadcast_to(whole, (1, 4, *whole.shape)))
+        return np.repeat(whole[None, None], 4, axis=1)
     cuts = [_spectrogram(audio, np.arange(s, s + settings.frames), settings) for s in starts(total, settings.frames)]
     return np.stack([_shrunk(audio, total, settings), *cuts])[None]
 

@@ -20,7 +20,7 @@ from packlight.families.dual_encoder import Pair, content_of, embed_text, run
 from packlight.freezing import freeze
 from packlight.plan import Plan, Step
 from packlight.serve import open_served
-from small_sound import RATE, save_model, save_sounds, sound
+from small_sound import save_model, save_sounds, sound
 
 TEXTS = ("a red square on the light dot", "Blue.", "", "green " * 10_000, "图片")
 PAIRS = [Pair(sound(i), (TEXTS[i % 2],)) for i in range(8)]

@@ -99,7 +99,8 @@ def resizing(before: int, after: int) -> Array:
     """The matrix [after, before] that resizes a row linearly, averaging over all that a step covers when it shrinks.
 
     Each place weighs its neighbours by a triangle as wide as a step, at least one, and the weights sum to 1: what
-    `torch.nn.functional.interpolate` does with antialias.
+    `torch.nn.functional.interpolate` does with antialias, but for a result one place wide, which it fills with the values
+    of the first row (PyTorch 2.13): pictures one patch wide get other vectors here than from transformers.
     """
     scale = before / after
     reach = max(scale, 1.0)

@@ -56,7 +56,8 @@ def read(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any
         module: nn.Module = read_module(folder, config)
     else:
         module = from_transformers(getattr(transformers, config["architectures"][0]), folder)
-    tokenizer = tokenizer_json(folder)
+    # SigLIP 2's class puts the lower case before what its tokenizer.json does.
+    tokenizer = tokenizer_json(folder, rebuilt=kind_of(module) == "patches")
     return module, read_processing(folder, module, tokenizer), tokenizer
 
 

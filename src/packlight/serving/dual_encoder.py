@@ -106,6 +106,8 @@ class Encoder:
         """The vector [d] of a text. What is too long for the model is cut. Raises DataError without a text tower."""
         if self.text is None or self.ids is None:
             raise DataError(f"This bundle has no text tower: its classes are {', '.join(self.settings.labels)}.")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise DataError("The text holds bytes that are no UTF-8. Write it in UTF-8.")
         ids = np.array([self.ids(text[:_MOST])], dtype=np.int64)
         if not ids.size:
             raise DataError("The text is empty and this model's tokenizer makes no token of it. Write a word.")

@@ -17,6 +17,7 @@ from packlight.retrieval import KS, class_ranks, class_vectors, first_right, rec
 
 Vectors = Sequence[Sequence[Sequence[float]]]
 MAIN = 10  # the k of the metric that targets are about
+_RESAMPLES = 2000  # of the intervals of further metrics
 
 
 def images_and_texts(found: Vectors) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -60,20 +61,40 @@ def _ranks(dataset: Dataset, found: Vectors) -> dict[str, Any]:
     return {"texts": to_image, "images": to_text, "top": top, "flat": flat, "owner": owner}
 
 
-def _details(dataset: Dataset, ranks: dict[str, Any]) -> dict[str, float]:
+def _kinds(dataset: Dataset, ranks: dict[str, Any]) -> dict[str, tuple[str, int]]:
+    """Name of a further metric -> (which ranks it counts, how many first places are right)."""
     if "texts" not in ranks:
-        return {"top-1": recall(ranks["images"], 1), "top-5": recall(ranks["images"], 5)}
+        return {f"top-{k}": ("images", k) for k in (1, 5)}
     noun = _noun(dataset)
     ways = ((f"text to {noun}", "texts"), (f"{noun} to text", "images"))
-    return {f"{way} recall@{k}": recall(ranks[key], k) for way, key in ways for k in KS}
+    return {f"{way} recall@{k}": (key, k) for way, key in ways for k in KS}
+
+
+def _details(dataset: Dataset, ranks: dict[str, Any]) -> dict[str, float]:
+    return {name: recall(ranks[key], k) for name, (key, k) in _kinds(dataset, ranks).items()}
+
+
+def _paired_details(dataset: Dataset, old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[float]]:
+    """Name -> [before, after, lower and upper end of the 95 % interval of after - before], paired by picture."""
+    found = {}
+    for name, (key, k) in _kinds(dataset, old).items():
+        (first, count), (second, _) = (_missed(dataset, ranks, key, k) for ranks in (old, new))
+        paired = paired_bootstrap(first, second, count, resamples=_RESAMPLES)
+        found[name] = [recall(old[key], k), recall(new[key], k), 0.0 - paired.high, 0.0 - paired.low]
+    return found
+
+
+def _missed(dataset: Dataset, ranks: dict[str, Any], key: str, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """([samples] queries not answered within the first k, [samples] queries): captions are resampled with their picture."""
+    if key == "images":
+        return (ranks["images"] >= k).astype(int), np.ones(dataset.n, dtype=int)
+    missed = np.bincount(ranks["owner"], ranks["texts"] >= k, dataset.n).astype(int)
+    return missed, np.bincount(ranks["owner"], minlength=dataset.n)
 
 
 def _misses(dataset: Dataset, ranks: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """([samples] queries that missed, [samples] queries): a picture's captions are resampled together."""
-    if "texts" not in ranks:
-        return (ranks["images"] >= 1).astype(int), np.ones(dataset.n, dtype=int)
-    missed = np.bincount(ranks["owner"], ranks["texts"] >= MAIN, dataset.n).astype(int)
-    return missed, np.bincount(ranks["owner"], minlength=dataset.n)
+    """The same for the metric that targets are about."""
+    return _missed(dataset, ranks, "texts", MAIN) if "texts" in ranks else _missed(dataset, ranks, "images", 1)
 
 
 def _name(dataset: Dataset) -> str:
@@ -96,7 +117,6 @@ def dual_quality(
     old, new = _ranks(dataset, before), _ranks(dataset, after)
     (first, count), (second, _) = _misses(dataset, old), _misses(dataset, new)
     same = float(np.mean([a == b for a, b in zip(old["top"], new["top"], strict=True)]))
-    both = _details(dataset, old), _details(dataset, new)
     rows = _rows(dataset, old, new)
     identical = float(np.mean([r["ranks"][0] == r["ranks"][1] for r in rows]))
     found = Quality(
@@ -106,7 +126,7 @@ def dual_quality(
         identical=identical,
         languages={},
         summary=f"{same:.1%} of queries have the same first answer, {identical:.0%} the same rank",
-        details={name: [value, both[1][name]] for name, value in both[0].items()},
+        details=_paired_details(dataset, old, new),
     )
     return found, rows
 

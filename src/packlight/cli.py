@@ -160,6 +160,7 @@ def fit(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     texts: Annotated[Path | None, typer.Option(help="Texts that the model is to write well.")] = None,
     keep_vocabulary: Annotated[bool, typer.Option("--keep-vocabulary", help="Never prune the vocabulary.")] = False,
+    freeze: Annotated[bool, typer.Option("--freeze", help="Ship the data's classes, no text tower.")] = False,
     sweep: Annotated[bool, typer.Option("--sweep", help="Measure the curve of size against quality instead.")] = False,
     points: Annotated[int | None, typer.Option(min=1, help="Points of the sweep; 6 when not said.")] = None,
     keep: Annotated[list[str] | None, typer.Option(help="A plan of the sweep whose bundle is to stay.")] = None,
@@ -181,7 +182,9 @@ def fit(
     if not sweep and (points or keep):
         raise TargetError("--points and --keep belong to --sweep. Add it, or leave them out.")
     _quiet_libraries()
-    options = replace(_options(asked, calibration, seed), texts=texts, prune_vocabulary=not keep_vocabulary)
+    options = replace(
+        _options(asked, calibration, seed), texts=texts, prune_vocabulary=not keep_vocabulary, freeze=freeze
+    )
     if sweep:
         from packlight.sweeping import SweepOptions, sweep_text
         from packlight.sweeping import sweep as run_sweep

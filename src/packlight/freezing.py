@@ -4,16 +4,18 @@ For a fixed list of labels the text tower has said all that it will ever say. It
 scale per class, symmetric and to nearest, so that a score moves by at most half a step times the norms.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from packlight.bundle import Bundle, write_bundle
+from packlight.bundle import Bundle, is_bundle, write_bundle
 from packlight.codec import read_weights, write_weights
+from packlight.data import Dataset
 from packlight.errors import BundleError, DataError
 from packlight.runtimes.onnx import external_names
-from packlight.serve import PROTOTYPES, WEIGHTS, Served
+from packlight.serve import PROTOTYPES, WEIGHTS, Served, open_served
 from packlight.texts import checked_templates
 
 
@@ -56,6 +58,50 @@ def freeze(served: Served, labels: Sequence[str], out: Path, templates: Sequence
         (folder / "README.md").write_text(f"{card}\n## Classes\n\n{', '.join(labels)}\n", encoding="utf-8")
 
     return write_bundle(out, manifest, fill)
+
+
+def check_classes(dataset: Dataset) -> None:
+    """Refuse samples that no classes can be taken from. Raises DataError."""
+    if not dataset.by_label:
+        raise DataError(f"{dataset.source}: classes are frozen from labels, and not every sample has a 'label' alone.")
+
+
+def left_out(model: Any) -> set[str]:
+    """Names of the parts that do not ship with frozen classes; `model` is a `packlight.model.Model`."""
+    return {part.name for part in model.family.parts if part.tower == "text"}
+
+
+def frozen_reply(
+    whole: Served, out: Path, datasets: Sequence[Dataset], templates: Sequence[str], threads: int
+) -> Callable[..., list[list[float]]]:
+    """Freeze the classes of labelled samples, where that is not done yet, and answer with the bundle that ships.
+
+    Args:
+        whole: an open bundle with both towers.
+        out: the frozen bundle's folder.
+        datasets: samples with their labels' prompts as texts.
+        templates: what the labels are asked with.
+        threads: of the runtime, 0 for all cores.
+
+    Returns:
+        (picture, prompts of a label) -> the vectors of the picture and of that class, as dual encoders answer.
+    """
+    prompts = {s.texts: s.label or "" for dataset in datasets for s in dataset.samples}
+    labels = sorted(set(prompts.values()))
+    if not is_bundle(out):
+        freeze(whole, labels, out, templates)
+    encoder = open_served(out, threads).encoder
+    assert encoder is not None
+    classes = encoder.classes
+    assert classes is not None
+    number = {label: i for i, label in enumerate(encoder.settings.labels)}
+
+    def reply(pair: Any, language: str | None = None, task: str | None = None) -> list[list[float]]:
+        content, texts = pair
+        own = classes[number[prompts[tuple(texts)]]]
+        return [encoder.embed_content(content).tolist(), own.tolist()]
+
+    return reply
 
 
 def rounded(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

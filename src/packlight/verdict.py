@@ -39,6 +39,20 @@ def conclude(tried: Sequence[dict[str, Any]], target: Target) -> dict[str, Any]:
     }
 
 
+def missed(target: Target, outcome: dict[str, Any]) -> list[str]:
+    """Names of the constraints that a measured bundle does not meet."""
+    found = outcome["quality"]
+    allowed = target.allowed_drop(found["before"])
+    drop = found["high"] if target.strict else found["difference"]
+    checks = {
+        "size": target.size is not None and outcome["size"] > target.size,
+        "drop": allowed is not None and drop > allowed + 1e-12,
+        "latency": target.latency is not None and outcome["timing"]["after"] > target.latency,
+        "memory": target.memory_limit is not None and outcome["process"]["memory"] > target.memory_limit,
+    }
+    return [name for name, over in checks.items() if over]
+
+
 def excess(outcome: dict[str, Any], target: Target) -> float:
     """How far an outcome is beyond its worst missed limit, as a ratio."""
     return max((_share(outcome, target, name) for name in outcome["missed"]), default=0.0)

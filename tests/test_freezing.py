@@ -18,7 +18,7 @@ from test_mobile_dual import save
 
 def test_a_fit_of_frozen_classes_measures_the_bundle_that_ships(tmp_path):
     model, data = save(tmp_path / "model"), save_pictures(tmp_path / "labels", 40, labels=True)
-    size = 60_000
+    size = 1_000_000
     found = packlight.fit(
         str(model),
         data,

@@ -133,8 +133,7 @@ def prepare(model: str, data: Path, target: Target, out: Path, options: Options,
     loaded = load(model, trust_remote_code=options.trust_remote_code)
     check_input(loaded, evaluation)
     check_calibration(loaded, calibration)
-    if options.freeze:
-        check_classes(evaluation)
+    check_classes(evaluation, options.freeze)
     loaded.family.prompt(loaded.settings, options.language, options.task)  # raises for a language it does not know
     free = shutil.disk_usage(next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())).free
     needed = 3 * loaded.source.bytes + 200_000_000

@@ -60,9 +60,9 @@ def freeze(served: Served, labels: Sequence[str], out: Path, templates: Sequence
     return write_bundle(out, manifest, fill)
 
 
-def check_classes(dataset: Dataset) -> None:
-    """Refuse samples that no classes can be taken from. Raises DataError."""
-    if not dataset.by_label:
+def check_classes(dataset: Dataset, wanted: bool) -> None:
+    """Refuse samples that no classes can be taken from, where these are wanted. Raises DataError."""
+    if wanted and not dataset.by_label:
         raise DataError(f"{dataset.source}: classes are frozen from labels, and not every sample has a 'label' alone.")
 
 

@@ -7,11 +7,12 @@ Pi 5.
     apt-get install -y --no-install-recommends qemu-user-static debootstrap
     python benchmarks/arm.py BUNDLE --images DIR [--queries FILE] [--count 50] [--cache DIR]
 
-Queries are lines of FILE, else the texts in DIR/metadata.jsonl. The exit status is 0 where every ranking is the same.
+The cache folder is ~/.cache/packlight/arm, or what PACKLIGHT_ARM names. Queries are lines of FILE, else the texts in DIR/metadata.jsonl. The exit status is 0 where every ranking is the same.
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 SOURCE = Path(__file__).resolve().parent.parent / "src"
-CACHE = Path.home() / ".cache" / "packlight" / "arm"
+CACHE = Path(os.environ.get("PACKLIGHT_ARM") or Path.home() / ".cache" / "packlight" / "arm")
 CPU = "cortex-a76"
 TOOLS = ("qemu-aarch64-static", "debootstrap", "dpkg-deb")
 PACKAGES = ("onnxruntime", "numpy", "tokenizers", "safetensors", "pillow")

@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -83,6 +85,18 @@ def test_a_damaged_picture_is_read_or_refused_in_one_sentence(tmp_path):
             except DataError as error:
                 said.append(str(error))
     assert len(said) > 40 and not any("\n" in sentence for sentence in said)
+
+
+def test_a_picture_of_a_hundred_megapixels_is_in_memory_twice_at_most(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from packlight.images import read_image; from packlight.measure import "
+        "peak_memory; before = peak_memory(); size = read_image(Path(sys.argv[1])).nbytes; "
+        "print(size, peak_memory() - before)"
+    )
+    Image.new("RGB", (12_500, 8_000), (200, 30, 30)).save(tmp_path / "vast.png", compress_level=1)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "vast.png")], capture_output=True, text=True)
+    size, peak = map(int, done.stdout.split())
+    assert size == 300_000_000 and peak < 2.7 * size  # Pillow itself has four bytes for three
 
 
 @pytest.fixture(scope="module")

@@ -158,8 +158,8 @@ def test_howto_pages_cover_every_technique_and_setting() -> None:
 def test_bundle_page_names_every_key_that_readers_ask_for() -> None:
     from packlight import bundle, codec
     from packlight.images import ImageSettings
-    from packlight.serving.dual_encoder import Settings as Dual
     from packlight.patches import PatchSettings
+    from packlight.serving.dual_encoder import Settings as Dual
     from packlight.serving.whisper import Settings
     from packlight.sounds import SoundSettings
     from packlight.texts import TextSettings

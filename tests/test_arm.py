@@ -36,5 +36,6 @@ def test_fifty_queries_are_ranked_on_arm_as_here(tmp_path, codes):
     queries = [" ".join(draw.choice(WORDS, 1 + i % 6)) for i in range(50)]
     found = arm.compare(bundle, sorted(data.glob("*.png")), queries, arm.CACHE, tmp_path)
     assert found["queries"] == 50
-    # Two pictures may only change places where their scores are the same but for the last digits.
-    assert found["same"] == 50 or found["closest"] < 1e-4
+    # Two pictures may only change places where their scores are the same but for the last digits, or with codes but for
+    # 8-bit activations, where a difference in the last digit tips some values to the next step.
+    assert found["same"] == 50 or found["closest"] < (1e-3 if codes else 1e-5)

@@ -40,7 +40,7 @@ def test_a_folder_per_class_gives_labels_and_a_text_beside_wins(tmp_path):
     found = read_dataset(tmp_path)
     assert [s.label for s in found.samples] == ["cat", "dog"] and found.by_label
     asked = prompted(found)
-    assert asked.samples[0].texts == (TEMPLATES[0].replace("{}", "cat"),)
+    assert asked.samples[0].texts == (TEMPLATES["image"][0].replace("{}", "cat"),)
     (tmp_path / "cat" / "0.txt").write_text("my cat")
     first = read_dataset(tmp_path).samples[0]
     assert first.text == "my cat" and first.label is None

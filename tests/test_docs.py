@@ -160,12 +160,16 @@ def test_howto_pages_cover_every_technique_and_setting() -> None:
 def test_bundle_page_names_every_key_that_readers_ask_for() -> None:
     from packlight import bundle, codec
     from packlight.images import ImageSettings
+    from packlight.patches import PatchSettings
     from packlight.serving.dual_encoder import Settings as Dual
     from packlight.serving.whisper import Settings
+    from packlight.sounds import SoundSettings
     from packlight.texts import TextSettings
 
     page = (ROOT / "docs" / "reference" / "bundle.md").read_text(encoding="utf-8")
-    dual = (*ImageSettings.__dataclass_fields__, *TextSettings.__dataclass_fields__, *Dual.__dataclass_fields__)
-    assert [k for k in (*bundle._KEYS, *Settings.__dataclass_fields__, *dual) if f"`{k}`" not in page] == []
+    contents = (ImageSettings, PatchSettings, SoundSettings)
+    dual = {"image", "audio", *TextSettings.__dataclass_fields__, *Dual.__dataclass_fields__} - {"content"}
+    dual |= {key for kind in contents for key in kind.__dataclass_fields__}
+    assert [k for k in (*bundle._KEYS, *Settings.__dataclass_fields__, *sorted(dual)) if f"`{k}`" not in page] == []
     assert [d for d in codec._DTYPES if d not in page] == []
     assert f"format version {bundle.VERSION}" in page

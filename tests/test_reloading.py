@@ -150,7 +150,7 @@ def test_a_dual_encoder_comes_back_by_both_ways(tmp_path: Path) -> None:
     found = unpack(bundle, tmp_path / "folder")
     theirs = AutoModel.from_pretrained(found.path).eval()
     own = load_folder(str(found.path))
-    pixels = own.settings["processor"](pairs[0])
+    pixels = own.settings["processor"](pairs[0])["pixel_values"]
     with torch.no_grad():
         a, b = (m.get_image_features(pixel_values=pixels) for m in (theirs, again.module))
     first, second = (x if isinstance(x, Tensor) else x.pooler_output for x in (a, b))

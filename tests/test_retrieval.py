@@ -61,7 +61,8 @@ def test_quality_of_a_planted_model():
     # A wrong text's right picture ties with all but the first, so it ranks last.
     assert found.after == found.difference == pytest.approx(2 / n)
     assert found.low <= found.difference <= found.high and found.low == 0.0
-    assert found.details["text to image recall@1"] == [1.0, 1 - 2 / n]
+    before, after, low, high = found.details["text to image recall@1"]
+    assert (before, after) == (1.0, 1 - 2 / n) and low < after - before < high == 0.0
     # Picture 3 lost its texts; pictures 4 and 8 tie with the strangers' texts, so they lose the first place too.
     assert found.details["image to text recall@1"][1] == pytest.approx(1 - 4 / n)
     assert [r["reference"] for r in rows[:2]] == ["t3", "u3"] and rows[0]["ranks"] == [0, n - 1]
@@ -79,6 +80,21 @@ def test_labels_are_ranked_among_the_classes_that_occur():
     found = dual_rate(labelled, answers)
     assert found["metric"] == "top-1 error" and found["value"] == pytest.approx(1 / 6)
     assert found["details"] == {"top-1": pytest.approx(5 / 6), "top-5": 1.0}
+
+
+def test_top_1_and_top_5_have_paired_intervals():
+    labelled = prompted(dataset(30, tuple("abcdefgh")), ("a {}.",))
+    classes = np.eye(8)
+    right = [[classes[i % 8].tolist(), classes[i % 8].tolist()] for i in range(30)]
+    wrong = [[classes[(i + (i < 3)) % 8].tolist(), r[1]] for i, r in enumerate(right)]
+    found, rows = dual_quality(labelled, right, wrong)
+    assert found.name == "top-1 error" and found.difference == pytest.approx(0.1) and rows[0]["reference"] in "abc"
+    for name in ("top-1", "top-5"):  # what points at another class ties with all but that one
+        before, after, low, high = found.details[name]
+        assert (before, after) == (1.0, pytest.approx(0.9)) and -0.25 < low < -0.1 < high <= 0.0
+    assert found.details["top-1"][2] == pytest.approx(-found.high, abs=0.02)
+    same, _ = dual_quality(labelled, wrong, wrong)
+    assert same.details["top-5"][2:] == [0.0, 0.0]
 
 
 def test_templates_and_bare_pictures_are_refused_where_they_do_not_fit():

@@ -25,6 +25,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "byte_pairs",
         "context",
         "images",
+        "patches",
+        "sounds",
         "texts",
         "metrics",
         "retrieval",

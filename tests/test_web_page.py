@@ -111,8 +111,8 @@ def test_similar_pictures_the_keyboard_the_address_and_the_language(shop, tmp_pa
     page.click("#like")
     page.wait_for_function("() => document.querySelector('#status').textContent.startsWith('Similar')")
     assert shown(page)[0] == first  # nothing is as similar to a picture as itself
-    picture = served.encoder.embed_image(served.open_input(images / f"{first}.png", ())[0])
-    vectors = [served.encoder.embed_image(served.open_input(f, ())[0]) for f in sorted(images.glob("*.png"))]
+    picture = served.encoder.embed_content(served.open_input(images / f"{first}.png", ())[0])
+    vectors = [served.encoder.embed_content(served.open_input(f, ())[0]) for f in sorted(images.glob("*.png"))]
     order = np.argsort(-(np.array(vectors) @ picture), kind="stable")[:10]
     assert shown(page)[:10] == [sorted(images.glob("*.png"))[i].stem for i in order]
     page.reload()

@@ -1,4 +1,4 @@
-"""What `packlight run` does with a bundle: transcribe recordings, rank pictures for words, or sort them into classes."""
+"""What `packlight run` does with a bundle: transcribe recordings, rank pictures or sounds for words, or sort them."""
 
 import time
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from packlight.data import AUDIO_SUFFIXES
 from packlight.errors import DataError
-from packlight.images import SUFFIXES, read_image
+from packlight.images import SUFFIXES
 from packlight.listing import files_below
 from packlight.serve import Served
-from packlight.serving.dual_encoder import Encoder
 from packlight.texts import checked_templates
 
 Found = tuple[dict[str, Any] | None, str]  # (a row for JSON or None, a line for people or what is wrong)
@@ -23,9 +23,10 @@ class Question:
     """What is asked.
 
     Args:
-        inputs: recordings; or words, where pictures are searched.
+        inputs: recordings; or words, where pictures or sounds are searched.
         images: folder of pictures, or one picture.
-        labels: classes to sort the pictures into.
+        sounds: folder of recordings, or one, for a model that compares them with texts.
+        labels: classes to sort the pictures or sounds into.
         templates: what labels are asked with, {} in place of the label.
         top: answers to name.
         language, task: of a model of speech.
@@ -33,6 +34,7 @@ class Question:
 
     inputs: tuple[str, ...] = ()
     images: Path | None = None
+    sounds: Path | None = None
     labels: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
     top: int = 5
@@ -46,21 +48,27 @@ def ask(served: Served, question: Question) -> Iterator[Found]:
     Raises:
         DataError: the question does not fit the bundle.
     """
-    if served.encoder is None:
-        if question.images or question.labels or question.templates:
-            raise DataError("This bundle transcribes speech: it takes recordings, no --images, --labels or --template.")
+    encoder = served.encoder
+    if encoder is None:
+        if question.images or question.sounds or question.labels or question.templates:
+            raise DataError(
+                "This bundle transcribes speech: it takes recordings, no --images, --sounds, --labels or --template."
+            )
         if not question.inputs:
             raise DataError("Name a recording to transcribe.")
         return _transcribe(served, question)
+    heard = encoder.settings.kind == "audio"
+    kind, option = ("sounds", "--sounds") if heard else ("pictures", "--images")
+    source, other = (question.sounds, question.images) if heard else (question.images, question.sounds)
     if question.language or question.task:
-        raise DataError("This bundle compares pictures and texts: it takes no --language and no --task.")
-    if served.encoder.classes is not None:
-        if question.images is None or question.inputs or question.labels or question.templates:
-            raise DataError("This bundle sorts pictures into its own classes: name --images DIR and nothing else.")
-        return _sorted(question, served.encoder, served.encoder.settings.labels, served.encoder.classes)
-    if question.images is None or bool(question.inputs) == bool(question.labels):
+        raise DataError(f"This bundle compares {kind} and texts: it takes no --language and no --task.")
+    if encoder.classes is not None:
+        if source is None or other or question.inputs or question.labels or question.templates:
+            raise DataError(f"This bundle sorts {kind} into its own classes: name {option} DIR and nothing else.")
+        return _sorted(served, question, encoder.settings.labels, encoder.classes)
+    if source is None or other or bool(question.inputs) == bool(question.labels):
         raise DataError(
-            'This bundle compares pictures and texts: name --images DIR, and either words to look for ("a red car") or '
+            f'This bundle compares {kind} and texts: name {option} DIR, and either words to look for ("a red car") or '
             "--labels cat,dog to sort them."
         )
     return _classify(served, question) if question.labels else _search(served, question)
@@ -90,24 +98,42 @@ def pictures(source: Path) -> list[Path]:
     return found
 
 
-def _embedded(served: Served, source: Path) -> tuple[list[Path], Any, list[str]]:
-    """(pictures that could be read, their vectors, what was wrong with the others)."""
+def recordings(source: Path) -> list[Path]:
+    """The same for recordings."""
+    if source.is_file():
+        return [source]
+    found = sorted(f for f in files_below(source) if f.suffix.lower() in AUDIO_SUFFIXES) if source.is_dir() else []
+    if not found:
+        raise DataError(f"There is no recording in {source}. Name a folder with .wav, .flac, .ogg or .mp3 files.")
+    return found
+
+
+def _files(served: Served, question: Question) -> list[Path]:
     assert served.encoder is not None
-    files, vectors, wrong = [], [], []
-    for file in pictures(source):
-        try:
-            vectors.append(served.encoder.embed_image(read_image(file)))
-            files.append(file)
-        except DataError as error:
-            wrong.append(str(error))
-    return files, np.array(vectors), wrong
+    named, find = (
+        (question.sounds, recordings) if served.encoder.settings.kind == "audio" else (question.images, pictures)
+    )
+    assert named is not None
+    return find(named)
+
+
+def _embed(served: Served, file: Path) -> Any:
+    """The vector of a picture or recording. Raises DataError."""
+    assert served.encoder is not None
+    content, _ = served.open_input(file, ())
+    return served.encoder.embed_content(content)
 
 
 def _search(served: Served, question: Question) -> Iterator[Found]:
     assert served.encoder is not None
-    assert question.images is not None
-    files, vectors, wrong = _embedded(served, question.images)
-    yield from ((None, sentence) for sentence in wrong)
+    files, found = [], []
+    for file in _files(served, question):
+        try:
+            found.append(_embed(served, file))
+            files.append(file)
+        except DataError as error:
+            yield None, str(error)
+    vectors = np.array(found)
     for words in question.inputs if files else ():
         scores = vectors @ served.encoder.embed_text(words)
         best = np.argsort(-scores, kind="stable")[: question.top]
@@ -118,15 +144,15 @@ def _search(served: Served, question: Question) -> Iterator[Found]:
 
 def _classify(served: Served, question: Question) -> Iterator[Found]:
     assert served.encoder is not None
-    classes = served.encoder.embed_classes(question.labels, checked_templates(question.templates))
-    return _sorted(question, served.encoder, question.labels, classes)
+    templates = checked_templates(question.templates, served.encoder.settings.kind)
+    return _sorted(served, question, question.labels, served.encoder.embed_classes(question.labels, templates))
 
 
-def _sorted(question: Question, encoder: Encoder, labels: tuple[str, ...], classes: Any) -> Iterator[Found]:
-    assert question.images is not None
-    for file in pictures(question.images):
+def _sorted(served: Served, question: Question, labels: tuple[str, ...], classes: Any) -> Iterator[Found]:
+    assert served.encoder is not None
+    for file in _files(served, question):
         try:
-            scores = classes @ encoder.embed_image(read_image(file)) * encoder.settings.scale
+            scores = classes @ _embed(served, file) * served.encoder.settings.scale
         except DataError as error:
             yield None, str(error)
             continue

@@ -43,6 +43,7 @@ class Options:
         texts: file or folder of texts that the model is to write well, for pruning the vocabulary.
         templates: what labels are asked with, {} in place of the label; none for the default.
         prune_vocabulary: whether plans may; a model of several languages needs `language` for it.
+        freeze: ship the classes of labelled samples in place of the text tower; `fit` alone.
     """
 
     calibration: Path | None = None
@@ -55,6 +56,7 @@ class Options:
     texts: Path | None = None
     prune_vocabulary: bool = True
     templates: tuple[str, ...] = ()
+    freeze: bool = False
 
 
 def threads_of(options: Options, device: str = "local") -> int:

@@ -47,8 +47,7 @@ def bench_bundle(
     own = served.bundle.manifest["serving"]
     language, task = asked.language or own["language"], asked.task or own["task"]
     with tempfile.TemporaryDirectory() as folder:
-        made_up = _noise if served.encoder is None else _picture
-        dataset = prompted(read_dataset(data or made_up(Path(folder))), asked.templates)
+        dataset = prompted(read_dataset(data or _made_up(served, Path(folder))), asked.templates)
         files = [(str(s.path.resolve()), s.texts) for s in spread(dataset, 3)]
         found: dict[str, Any] = {
             "bundle": measure("bundle", str(bundle.resolve()), files, threads, language, task)
@@ -88,19 +87,27 @@ def bench_or_profile(
         raise DataError("--profile looks at the bundle alone. Leave --against out.")
     served = open_served(bundle, threads_or_all(asked.threads))
     with tempfile.TemporaryDirectory() as folder:
-        made_up = _noise if served.encoder is None else _picture
-        dataset = prompted(read_dataset(data or made_up(Path(folder))), asked.templates)
+        dataset = prompted(read_dataset(data or _made_up(served, Path(folder))), asked.templates)
         contents = [served.open_input(s.path, s.texts) for s in spread(dataset, PROFILED)]
     del served
     found = profile(bundle, contents, asked, progress)
     return found, profile_text(found)
 
 
+def _made_up(served: Served, folder: Path) -> Path:
+    """A sample of the kind that the bundle takes."""
+    if served.encoder is not None and served.encoder.settings.kind == "image":
+        return _picture(folder)
+    return _noise(folder)
+
+
 def _noise(folder: Path) -> Path:
+    """Ten seconds of noise, with a text for what compares it."""
     import soundfile
 
     noise = 0.01 * np.random.default_rng(0).standard_normal(160_000)
     soundfile.write(folder / "noise.wav", noise, 16_000)
+    (folder / "noise.txt").write_text("the sound of noise")
     return folder
 
 
@@ -195,13 +202,13 @@ class _One:
 def _of_bundle(name: str, asked: Asked) -> _One:
     served = open_served(Path(name), asked.threads)
     task = served.bundle.manifest["task"]
-    modalities = ("audio", "text") if served.encoder is None else ("image", "text")
+    kind = "audio" if served.encoder is None else served.encoder.settings.kind
 
     def reply(content: Any) -> tuple[list[Any], str | None]:
         said = served.answer(content, asked.language, asked.task)
         return (said, None) if isinstance(said, list) else (list(said.tokens), said.language)
 
-    return _One(task, modalities, reply, served.decode, served.open_input)
+    return _One(task, (kind, "text"), reply, served.decode, served.open_input)
 
 
 def _of_model(name: str, asked: Asked) -> _One:

@@ -160,6 +160,7 @@ def fit(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     texts: Annotated[Path | None, typer.Option(help="Texts that the model is to write well.")] = None,
     keep_vocabulary: Annotated[bool, typer.Option("--keep-vocabulary", help="Never prune the vocabulary.")] = False,
+    freeze: Annotated[bool, typer.Option("--freeze", help="Ship the data's classes, no text tower.")] = False,
     sweep: Annotated[bool, typer.Option("--sweep", help="Measure the curve of size against quality instead.")] = False,
     points: Annotated[int | None, typer.Option(min=1, help="Points of the sweep; 6 when not said.")] = None,
     keep: Annotated[list[str] | None, typer.Option(help="A plan of the sweep whose bundle is to stay.")] = None,
@@ -181,7 +182,9 @@ def fit(
     if not sweep and (points or keep):
         raise TargetError("--points and --keep belong to --sweep. Add it, or leave them out.")
     _quiet_libraries()
-    options = replace(_options(asked, calibration, seed), texts=texts, prune_vocabulary=not keep_vocabulary)
+    options = replace(
+        _options(asked, calibration, seed), texts=texts, prune_vocabulary=not keep_vocabulary, freeze=freeze
+    )
     if sweep:
         from packlight.sweeping import SweepOptions, sweep_text
         from packlight.sweeping import sweep as run_sweep
@@ -257,9 +260,11 @@ def distill(
 def run(
     bundle: Folder,
     inputs: Annotated[
-        list[str] | None, typer.Argument(help="Audio files: FLAC, WAV, OGG or MP3. Or words, with --images.")
+        list[str] | None,
+        typer.Argument(help="Audio files: FLAC, WAV, OGG or MP3. Or words, with --images or --sounds."),
     ] = None,
     images: Annotated[Path | None, typer.Option(readable=False, help="Pictures to search or sort.")] = None,
+    sounds: Annotated[Path | None, typer.Option(readable=False, help="Recordings to search or sort.")] = None,
     labels: Annotated[str | None, typer.Option(help="Classes: cat,dog or a file with one per line.")] = None,
     template: Templates = None,
     top: Annotated[int, typer.Option(min=1, help="Answers to name.")] = 5,
@@ -268,12 +273,12 @@ def run(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Transcribe files, rank pictures for words, or sort pictures into classes. Needs no PyTorch."""
+    """Transcribe files, rank pictures or sounds for words, or sort them into classes. Needs no PyTorch."""
     from packlight.answering import Question, ask, labels_of
     from packlight.serve import open_served
 
     named = labels_of(labels) if labels else ()
-    question = Question(tuple(inputs or ()), images, named, tuple(template or ()), top, language, task)
+    question = Question(tuple(inputs or ()), images, sounds, named, tuple(template or ()), top, language, task)
     rows, failed = [], False
     for row, line in ask(open_served(bundle, threads), question):
         if row is None:

@@ -175,7 +175,7 @@ def compress_(
         for tower in silent(model, batches[:1] if need else []):
             log.warning(
                 "Calibration has not exercised the %s tower: its weights are rounded without error feedback. Give "
-                "samples for every tower, pictures with texts.",
+                "samples for every tower, pictures or sounds with texts.",
                 tower,
             )
         ranged = {path for path, a in found.items() if "ranges" in a.technique.needs}

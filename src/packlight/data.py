@@ -33,7 +33,7 @@ from packlight.texts import checked_templates
 
 CALIBRATION_LIMIT = 128  # more samples no longer change a Gram matrix by much
 
-_AUDIO_SUFFIXES = frozenset(
+AUDIO_SUFFIXES = frozenset(
     (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".m4a", ".aac", ".wma")
 )
 _METADATA = ("metadata.jsonl", "metadata.csv")
@@ -234,7 +234,7 @@ def _from_folder(folder: Path, problems: _Problems) -> list[_Entry]:
     listings = [f for f in files if f.name in _METADATA]
     if listings:
         return [e for f in listings for e in _listed(f, f.relative_to(folder).as_posix(), folder, problems)]
-    kinds = ([f for f in files if f.suffix.lower() in s] for s in (_AUDIO_SUFFIXES, _IMAGE_SUFFIXES))
+    kinds = ([f for f in files if f.suffix.lower() in s] for s in (AUDIO_SUFFIXES, _IMAGE_SUFFIXES))
     found = next(filter(None, kinds), [])  # pictures beside recordings are covers
     stems = {f.with_suffix("") for f in found}
     beside = [f for f in files if f.suffix == ".txt" and f.with_suffix("") in stems]
@@ -383,7 +383,7 @@ def prompted(dataset: Dataset, templates: Sequence[str] = ()) -> Dataset:
     Raises:
         DataError: a template without {}, or templates for samples without labels.
     """
-    asked = checked_templates(templates)
+    asked = checked_templates(templates, dataset.modality)
     if not all(s.label is not None for s in dataset.samples):
         if templates:
             raise DataError(f"{dataset.source}: templates need labels, and not every sample has a 'label'.")

@@ -53,7 +53,7 @@ class Quality(Paired):
         identical: share of the samples whose normalised text is the same.
         languages: code -> number of samples scored in it.
         summary: what the two share, in words.
-        details: further metrics: name -> [before, after].
+        details: further metrics: name -> [before, after, and the 95 % interval of after - before].
     """
 
     name: str

@@ -30,6 +30,7 @@ from packlight.deploy import deploy, ladder, parity, versions
 from packlight.errors import DataError, TargetError
 from packlight.evaluate import TIMED, Asked, answers, languages, spread, time_pair
 from packlight.families import Batch
+from packlight.freezing import check_classes, frozen_reply, left_out
 from packlight.loading import load
 from packlight.measure import machine, measure
 from packlight.model import Model
@@ -44,7 +45,7 @@ from packlight.sensitivity import Level, activations, contexts, measure_grams, p
 from packlight.serve import open_served
 from packlight.speeding import Slow, lighter
 from packlight.target import Target
-from packlight.verdict import conclude
+from packlight.verdict import conclude, missed
 from packlight.vocabulary_usage import has_word_list, read_texts, texts_sha256
 
 log = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ def prepare(model: str, data: Path, target: Target, out: Path, options: Options,
     loaded = load(model, trust_remote_code=options.trust_remote_code)
     check_input(loaded, evaluation)
     check_calibration(loaded, calibration)
+    check_classes(evaluation, options.freeze)
     loaded.family.prompt(loaded.settings, options.language, options.task)  # raises for a language it does not know
     free = shutil.disk_usage(next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())).free
     needed = 3 * loaded.source.bytes + 200_000_000
@@ -143,14 +145,16 @@ def prepare(model: str, data: Path, target: Target, out: Path, options: Options,
         )
     identity = [loaded.source.sha256, calibration.sha256, evaluation.sha256, options.language, options.task]
     texts = read_texts(options.texts) if options.texts else []
-    identity += [str(options.prune_vocabulary), texts_sha256(texts)]
+    identity += [str(options.prune_vocabulary), texts_sha256(texts), *(["frozen"] if options.freeze else [])]
     key = hashlib.sha256(json.dumps([*identity, options.seed, packlight.__version__]).encode()).hexdigest()[:12]
     work = out / "work" / key
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"Can't write to {out} ({error.strerror}). Choose a folder that you may write to.") from None
-    return Run(loaded, target, options, out, work, calibration, evaluation, progress, texts)
+    run = Run(loaded, target, options, out, work, calibration, evaluation, progress, texts)
+    run.overhead = 400_000 if options.freeze else run.overhead  # no tokenizer
+    return run
 
 
 def _answer_of(run: Run) -> Callable[[Any], list[int]]:
@@ -190,9 +194,11 @@ def make_plans(run: Run) -> tuple[list[Level], list[Plan]]:
     observed, judged = divide(run.batches)
     kept = run.work / "sensitivity.jsonl"
     sums = measure_grams(run.model, observed, run.progress)
-    levels = sensitivity(run.model, sums, judged, kept, run.progress)
+    unshipped = left_out(run.model) if run.options.freeze else set()
+    levels = [v for v in sensitivity(run.model, sums, judged, kept, run.progress) if v.part not in unshipped]
     rounding = activations(run.model, judged, run.work / "activations.jsonl", run.progress)
     rounding = with_static(rounding, run.model, (observed, judged), run.work / "static.jsonl", run.progress)
+    rounding = {part: kl for part, kl in rounding.items() if part not in unshipped}
     vocabularies = prunings(run.model, observed, judged, _languages(run), run.texts)
     fast, origin = run.target.latency is not None, (_calibration(run), run.options.seed)
     shortened = contexts(run.model, judged, run.work / "contexts.jsonl", run.progress) if fast else []
@@ -243,7 +249,7 @@ def _attempt(run: Run, plan: Plan) -> dict[str, Any]:
     done = folder / "outcome.json"
     if done.is_file():
         earlier = dict(json.loads(done.read_text()))
-        return earlier | {"plan": plan.name, "missed": _missed(run, earlier)}
+        return earlier | {"plan": plan.name, "missed": missed(run.target, earlier)}
     built = build(run, plan)
     family, samples = run.model.family, spread(run.evaluation, TIMED)
     timing = time_pair(samples, _answer_of(run), built.reply, run.progress, family.open_input)
@@ -251,7 +257,7 @@ def _attempt(run: Run, plan: Plan) -> dict[str, Any]:
     process = measure("bundle", str(built.bundle.resolve()), _measured(run), *asked)
     outcome = built.outcome | {"timing": timing, "process": process}
     write_json(done, outcome)
-    return outcome | {"missed": _missed(run, outcome)}
+    return outcome | {"missed": missed(run.target, outcome)}
 
 
 @dataclass(frozen=True)
@@ -271,18 +277,24 @@ def build(run: Run, plan: Plan) -> Built:
     fresh = load(run.model.source.path, trust_remote_code=run.options.trust_remote_code)
     given = plan_batches(run.model, plan, run.calibration, run.options, run.work, run.progress)
     records = compress_(fresh, plan, given, folder / "waves", _named(run, plan))
-    if not is_bundle(bundle):
-        deploy(fresh, plan, records, bundle, run.options.language, run.options.task)
-    served = open_served(bundle, threads_of(run.options, run.target.device))
+    whole = folder / "whole" if run.options.freeze else bundle
+    if not is_bundle(whole):
+        deploy(fresh, plan, records, whole, run.options.language, run.options.task)
+    threads = threads_of(run.options, run.target.device)
+    served = open_served(whole, threads)
+    shipped = served.reply
+    if run.options.freeze:
+        shipped = frozen_reply(served, bundle, (run.calibration, run.evaluation), run.options.templates, threads)
+        records = [r for r in records if r.part not in left_out(run.model)]
     names = old_ids(plan)
 
     def reply(content: Any) -> list[Any]:
-        tokens = served.reply(content, run.options.language, _task(run))
+        tokens = shipped(content, run.options.language, _task(run))
         return tokens if names is None else [names[t] for t in tokens]
 
     family = run.model.family
-    what = f"{plan.name} in ONNX Runtime"
-    after = answers(run.evaluation, reply, folder / "after.jsonl", what, run.progress, family.open_input)
+    said = (f"{plan.name} in ONNX Runtime", run.progress)
+    after = answers(run.evaluation, reply, folder / "after.jsonl", *said, family.open_input)
     found, rows = SCORES[family.task][0](run.evaluation, run.before, after, run.model.decoder(), run.languages)
     outcome = {
         "plan": plan.name, "size": open_bundle(bundle).size, "quality": asdict(found), "rows": rows[:10],
@@ -303,20 +315,6 @@ def _measured(run: Run) -> list[tuple[str, Sequence[str]]]:
 def _named(run: Run, plan: Plan) -> Progress | None:
     progress = run.progress
     return None if progress is None else lambda what, i, n: progress(f"{what} by plan {plan.name}", i, n)
-
-
-def _missed(run: Run, outcome: dict[str, Any]) -> list[str]:
-    """Names of the constraints that the measured bundle does not meet."""
-    target, found = run.target, outcome["quality"]
-    allowed = target.allowed_drop(found["before"])
-    drop = found["high"] if target.strict else found["difference"]
-    checks = {
-        "size": target.size is not None and outcome["size"] > target.size,
-        "drop": allowed is not None and drop > allowed + 1e-12,
-        "latency": target.latency is not None and outcome["timing"]["after"] > target.latency,
-        "memory": target.memory_limit is not None and outcome["process"]["memory"] > target.memory_limit,
-    }
-    return [name for name, missed in checks.items() if missed]
 
 
 def _finish(
@@ -354,6 +352,8 @@ def _finish(
         extra={"original": json.loads(kept.read_text()), "ladder": rungs, "how": circumstances(run, seconds),
                "profile": profile(run.model)},
     )  # fmt: skip
+    if run.options.freeze:
+        result["model"]["usage"] = result["model"]["usage"].rpartition(" ")[0]  # no words to look for
     write_json(run.out / "plan.json", plan.to_dict())
     write_json(run.out / "result.json", result)
     write_report(result, run.out / "report.html")

@@ -1,30 +1,32 @@
-"""Frozen classes: of a dual encoder only the picture tower ships, with one vector per class in 8 bits. No torch.
+"""Frozen classes: of a dual encoder only the tower for pictures or sounds ships, with a vector per class in 8 bits.
 
 For a fixed list of labels the text tower has said all that it will ever say. Its vectors are rounded to int8 with one
 scale per class, symmetric and to nearest, so that a score moves by at most half a step times the norms.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from packlight.bundle import Bundle, write_bundle
+from packlight.bundle import Bundle, is_bundle, write_bundle
 from packlight.codec import read_weights, write_weights
+from packlight.data import Dataset
 from packlight.errors import BundleError, DataError
 from packlight.runtimes.onnx import external_names
-from packlight.serve import PROTOTYPES, WEIGHTS, Served
+from packlight.serve import PROTOTYPES, WEIGHTS, Served, open_served
 from packlight.texts import checked_templates
 
 
 def freeze(served: Served, labels: Sequence[str], out: Path, templates: Sequence[str] = ()) -> Bundle:
-    """Write a bundle that sorts pictures into these classes and nothing else.
+    """Write a bundle that sorts pictures, or sounds, into these classes and nothing else. No torch.
 
     Args:
         served: an open bundle with both towers.
         labels: two or more, all different.
         out: the new bundle's folder.
-        templates: what labels are asked with, {} in place of the label; none for "a photo of a {}.".
+        templates: what labels are asked with, {} in place of the label; none for the default of `packlight.texts`.
 
     Raises:
         BundleError: a bundle without towers.
@@ -34,27 +36,72 @@ def freeze(served: Served, labels: Sequence[str], out: Path, templates: Sequence
         raise BundleError(f"{served.bundle.path} has no text tower to take class vectors from. Name another bundle.")
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise DataError(f"Classes are frozen for two or more different labels; got {', '.join(labels) or 'none'}.")
-    templates = checked_templates(templates)
+    kind = served.encoder.settings.kind
+    templates = checked_templates(templates, kind)
     source = served.bundle
-    graph = (source.path / source.manifest["graphs"]["image"]).read_bytes()
+    graph = (source.path / source.manifest["graphs"][kind]).read_bytes()
     weights = dict(read_weights(source.path / WEIGHTS, external_names(graph)))
     codes, scale = rounded(served.encoder.embed_classes(labels, templates))
     weights.update({f"{PROTOTYPES}/codes": codes, f"{PROTOTYPES}/scale": scale})
-    serving = {k: source.manifest["serving"][k] for k in ("image", "scale", "language", "task")}
+    serving = {k: source.manifest["serving"][k] for k in (kind, "scale", "language", "task")}
     manifest = {k: v for k, v in source.manifest.items() if k not in ("version", "files", "records", "reload", "model")}
     manifest.update(
-        task="image-classes",
-        graphs={"image": "image.onnx"},
+        task=f"{kind}-classes",
+        graphs={kind: f"{kind}.onnx"},
         serving={**serving, "labels": list(labels), "templates": list(templates)},
     )
 
     def fill(folder: Path) -> None:
-        (folder / "image.onnx").write_bytes(graph)
+        (folder / f"{kind}.onnx").write_bytes(graph)
         write_weights(folder / WEIGHTS, weights)
         card = (source.path / "README.md").read_text(encoding="utf-8")
         (folder / "README.md").write_text(f"{card}\n## Classes\n\n{', '.join(labels)}\n", encoding="utf-8")
 
     return write_bundle(out, manifest, fill)
+
+
+def check_classes(dataset: Dataset, wanted: bool) -> None:
+    """Refuse samples that no classes can be taken from, where these are wanted. Raises DataError."""
+    if wanted and not dataset.by_label:
+        raise DataError(f"{dataset.source}: classes are frozen from labels, and not every sample has a 'label' alone.")
+
+
+def left_out(model: Any) -> set[str]:
+    """Names of the parts that do not ship with frozen classes; `model` is a `packlight.model.Model`."""
+    return {part.name for part in model.family.parts if part.tower == "text"}
+
+
+def frozen_reply(
+    whole: Served, out: Path, datasets: Sequence[Dataset], templates: Sequence[str], threads: int
+) -> Callable[..., list[list[float]]]:
+    """Freeze the classes of labelled samples, where that is not done yet, and answer with the bundle that ships.
+
+    Args:
+        whole: an open bundle with both towers.
+        out: the frozen bundle's folder.
+        datasets: samples with their labels' prompts as texts.
+        templates: what the labels are asked with.
+        threads: of the runtime, 0 for all cores.
+
+    Returns:
+        (picture, prompts of a label) -> the vectors of the picture and of that class, as dual encoders answer.
+    """
+    prompts = {s.texts: s.label or "" for dataset in datasets for s in dataset.samples}
+    labels = sorted(set(prompts.values()))
+    if not is_bundle(out):
+        freeze(whole, labels, out, templates)
+    encoder = open_served(out, threads).encoder
+    assert encoder is not None
+    classes = encoder.classes
+    assert classes is not None
+    number = {label: i for i, label in enumerate(encoder.settings.labels)}
+
+    def reply(pair: Any, language: str | None = None, task: str | None = None) -> list[list[float]]:
+        content, texts = pair
+        own = classes[number[prompts[tuple(texts)]]]
+        return [encoder.embed_content(content).tolist(), own.tolist()]
+
+    return reply
 
 
 def rounded(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

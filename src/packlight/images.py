@@ -1,7 +1,9 @@
 """Pictures as a vision tower takes them: read, scaled, cut and normalised with Pillow and numpy, as transformers does."""
 
 import math
+import struct
 import warnings
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,13 @@ from packlight.errors import BundleError, DataError, RuntimeMissing
 Array = np.ndarray[Any, np.dtype[Any]]
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
-_MOST_PIXELS = 200_000_000
+_MOST_PIXELS = 178_956_970  # more than twice its own limit Pillow does not open
+_STRIP = 256  # rows turned into numbers at once
+# What Pillow raises for damaged files, depending on the format and the place of the damage.
+_DAMAGED = (
+    OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, RuntimeError,
+    struct.error, zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ def read_image(path: Path) -> Array:
     16-bit greys are scaled to 8 bits.
 
     Raises:
-        DataError: no picture there, a damaged one, or one of more than 200 million pixels.
+        DataError: no picture there, a damaged one, or one of more than 178 million pixels.
     """
     try:
         from PIL import Image, ImageOps
@@ -75,27 +83,46 @@ def read_image(path: Path) -> Array:
         raise RuntimeMissing("This needs Pillow: pip install pillow") from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # large pictures and odd EXIF blocks, which do no harm
             with Image.open(path) as image:
                 if image.width * image.height > _MOST_PIXELS:
                     raise DataError(f"{path} has {image.width} x {image.height} pixels; make it smaller.")
                 image.load()
-                turned = ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
+                return _bytes(image)
     except FileNotFoundError:
         raise DataError(f"There is no picture {path}.") from None
     except Image.DecompressionBombError:
         raise DataError(f"{path} has more than {_MOST_PIXELS:,} pixels; make it smaller.") from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError) as error:
+    except MemoryError:
+        raise DataError(f"{path} needs more memory than there is; make it smaller.") from None
+    except _DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path} is no picture that can be read ({reason}). Take it out or save it again.") from None
-    if turned.mode.startswith("I"):
-        high = np.asarray(turned).astype(np.float64)
-        grey = (high / 257 if high.max(initial=0) > 255 else high).clip(0, 255).round().astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
-    if "A" in turned.getbands() or turned.info.get("transparency") is not None:
-        turned = turned.convert("RGBA")
-        turned = Image.alpha_composite(Image.new("RGBA", turned.size, (255, 255, 255, 255)), turned)
-    return np.asarray(turned.convert("RGB"))
+
+
+def _bytes(image: Any) -> Array:
+    """A picture of Pillow as uint8 [height, width, 3], strip by strip: a large one is in memory twice, not five times."""
+    wide, high = image.size
+    # A file of 32-bit greys says nothing of their range.
+    deep = image.mode.startswith("I") and (image.mode != "I" or image.getextrema()[1] > 255)
+    made = np.empty((high, wide, 3), np.uint8)
+    for top in range(0, high, _STRIP):
+        made[top : top + _STRIP] = _strip(image.crop((0, top, wide, min(high, top + _STRIP))), deep)
+    return made
+
+
+def _strip(image: Any, deep: bool) -> Array:
+    """The same of a few rows; `deep` greys have 16 bits."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.float64) / (257 if deep else 1)
+        return grey.clip(0, 255).round().astype(np.uint8)[..., None]
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return np.asarray(image.convert("RGB"))
 
 
 def pixels(image: Array, settings: ImageSettings) -> Array:

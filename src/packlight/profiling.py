@@ -23,7 +23,7 @@ from packlight.serve import Served, open_parts, serve_parts
 Progress = Callable[[str, int, int], None]
 STAGES = {
     "speech": ("features", "encoder", "decoder prefill", "decoder steps", "search", "tokenizer"),
-    "pairs": ("picture", "image tower", "tokenizer", "text tower"),
+    "pairs": ("picture", "image tower", "sound", "audio tower", "tokenizer", "text tower"),
 }
 _ROUNDS = 3  # answers to each sample
 _DEAREST = 5
@@ -51,7 +51,7 @@ class _Clock:
 
 def _stage(graph: str, feed: Mapping[str, Any]) -> str:
     if graph != "decoder":
-        return {"image": "image tower", "text": "text tower"}.get(graph, graph)
+        return {"image": "image tower", "audio": "audio tower", "text": "text tower"}.get(graph, graph)
     return "decoder prefill" if feed["input_ids"].shape[1] > 1 or not _length(feed) else "decoder steps"
 
 
@@ -138,16 +138,17 @@ def _speech(served: Served, audio: Any, asked: Asked, clock: _Clock) -> float:
 
 
 def _pair(served: Served, pair: Any, asked: Asked, clock: _Clock) -> float:
-    """Embed a picture and its texts, and add what goes on around the towers."""
+    """Embed a picture or sound and its texts, and add what goes on around the towers."""
     encoder = served.encoder
     assert encoder is not None
-    picture, texts = pair
-    todo: list[tuple[str, str, Callable[..., Any], Any]] = [("picture", "image tower", encoder.embed_image, picture)]
+    content, texts = pair
+    first = ("sound", "audio tower") if encoder.settings.kind == "audio" else ("picture", "image tower")
+    todo: list[tuple[str, str, Callable[..., Any], Any]] = [(*first, encoder.embed_content, content)]
     if encoder.text is not None:
         todo += [("tokenizer", "text tower", encoder.embed_text, text) for text in texts]
-    for around, tower, embed, content in todo:
+    for around, tower, embed, given in todo:
         before, start = clock.seconds.get(tower, 0.0), time.perf_counter()
-        embed(content)
+        embed(given)
         clock.add(around, time.perf_counter() - start - (clock.seconds[tower] - before))
     return 0.0
 
@@ -215,6 +216,7 @@ _ADVICE = {
     "small operations": "fewer layers would help; weights are not what costs here",
     "features": "no compression of the model helps there",
     "picture": "no compression of the model helps there; smaller pictures do",
+    "sound": "no compression of the model helps there; shorter sounds do",
     "search": "fewer tokens in the vocabulary would help",
     "tokenizer": "no compression of the model helps there",
 }

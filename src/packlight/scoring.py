@@ -1,7 +1,7 @@
 """Which metric a task has: before and after on the same samples, and alone.
 
-Speech is scored by `packlight.evaluate`. Dual encoders here: pictures with labels by zero-shot top-1 error, pictures with
-texts by the share of texts whose picture is not among the first ten, 1 - recall@10.
+Speech is scored by `packlight.evaluate`. Dual encoders here: pictures or sounds with labels by zero-shot top-1 error, those
+with texts by the share of texts whose picture is not among the first ten, 1 - recall@10.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ from packlight.retrieval import KS, class_ranks, class_vectors, first_right, rec
 
 Vectors = Sequence[Sequence[Sequence[float]]]
 MAIN = 10  # the k of the metric that targets are about
+_RESAMPLES = 2000  # of the intervals of further metrics
 
 
 def images_and_texts(found: Vectors) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -32,12 +33,18 @@ def _labels(dataset: Dataset, texts: Sequence[np.ndarray]) -> tuple[list[str], n
     return names, vectors, np.array([names.index(s.label or "") for s in dataset.samples])
 
 
+def _noun(dataset: Dataset) -> str:
+    return "sound" if dataset.modality == "audio" else "image"
+
+
 def _check(dataset: Dataset) -> None:
     bare = [s.id for s in dataset.samples if not s.texts]
     if bare:
-        raise DataError(f"{dataset.source}: {len(bare)} pictures have neither texts nor a label, first {bare[0]}.")
+        raise DataError(
+            f"{dataset.source}: {len(bare)} {_noun(dataset)}s have neither texts nor a label, first {bare[0]}."
+        )
     if dataset.n < 2:
-        raise DataError(f"{dataset.source} has one picture; ranking needs two or more.")
+        raise DataError(f"{dataset.source} has one {_noun(dataset)}; ranking needs two or more.")
 
 
 def _ranks(dataset: Dataset, found: Vectors) -> dict[str, Any]:
@@ -54,19 +61,40 @@ def _ranks(dataset: Dataset, found: Vectors) -> dict[str, Any]:
     return {"texts": to_image, "images": to_text, "top": top, "flat": flat, "owner": owner}
 
 
-def _details(ranks: dict[str, Any]) -> dict[str, float]:
+def _kinds(dataset: Dataset, ranks: dict[str, Any]) -> dict[str, tuple[str, int]]:
+    """Name of a further metric -> (which ranks it counts, how many first places are right)."""
     if "texts" not in ranks:
-        return {"top-1": recall(ranks["images"], 1), "top-5": recall(ranks["images"], 5)}
-    ways = (("text to image", "texts"), ("image to text", "images"))
-    return {f"{way} recall@{k}": recall(ranks[key], k) for way, key in ways for k in KS}
+        return {f"top-{k}": ("images", k) for k in (1, 5)}
+    noun = _noun(dataset)
+    ways = ((f"text to {noun}", "texts"), (f"{noun} to text", "images"))
+    return {f"{way} recall@{k}": (key, k) for way, key in ways for k in KS}
+
+
+def _details(dataset: Dataset, ranks: dict[str, Any]) -> dict[str, float]:
+    return {name: recall(ranks[key], k) for name, (key, k) in _kinds(dataset, ranks).items()}
+
+
+def _paired_details(dataset: Dataset, old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[float]]:
+    """Name -> [before, after, lower and upper end of the 95 % interval of after - before], paired by picture."""
+    found = {}
+    for name, (key, k) in _kinds(dataset, old).items():
+        (first, count), (second, _) = (_missed(dataset, ranks, key, k) for ranks in (old, new))
+        paired = paired_bootstrap(first, second, count, resamples=_RESAMPLES)
+        found[name] = [recall(old[key], k), recall(new[key], k), 0.0 - paired.high, 0.0 - paired.low]
+    return found
+
+
+def _missed(dataset: Dataset, ranks: dict[str, Any], key: str, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """([samples] queries not answered within the first k, [samples] queries): captions are resampled with their picture."""
+    if key == "images":
+        return (ranks["images"] >= k).astype(int), np.ones(dataset.n, dtype=int)
+    missed = np.bincount(ranks["owner"], ranks["texts"] >= k, dataset.n).astype(int)
+    return missed, np.bincount(ranks["owner"], minlength=dataset.n)
 
 
 def _misses(dataset: Dataset, ranks: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """([samples] queries that missed, [samples] queries): a picture's captions are resampled together."""
-    if "texts" not in ranks:
-        return (ranks["images"] >= 1).astype(int), np.ones(dataset.n, dtype=int)
-    missed = np.bincount(ranks["owner"], ranks["texts"] >= MAIN, dataset.n).astype(int)
-    return missed, np.bincount(ranks["owner"], minlength=dataset.n)
+    """The same for the metric that targets are about."""
+    return _missed(dataset, ranks, "texts", MAIN) if "texts" in ranks else _missed(dataset, ranks, "images", 1)
 
 
 def _name(dataset: Dataset) -> str:
@@ -89,7 +117,6 @@ def dual_quality(
     old, new = _ranks(dataset, before), _ranks(dataset, after)
     (first, count), (second, _) = _misses(dataset, old), _misses(dataset, new)
     same = float(np.mean([a == b for a, b in zip(old["top"], new["top"], strict=True)]))
-    both = _details(old), _details(new)
     rows = _rows(dataset, old, new)
     identical = float(np.mean([r["ranks"][0] == r["ranks"][1] for r in rows]))
     found = Quality(
@@ -99,7 +126,7 @@ def dual_quality(
         identical=identical,
         languages={},
         summary=f"{same:.1%} of queries have the same first answer, {identical:.0%} the same rank",
-        details={name: [value, both[1][name]] for name, value in both[0].items()},
+        details=_paired_details(dataset, old, new),
     )
     return found, rows
 
@@ -130,7 +157,7 @@ def dual_rate(dataset: Dataset, found: Vectors, decode: Any = None, language: An
     paired = paired_bootstrap([0] * dataset.n, missed, count)
     return {
         "metric": _name(dataset), "value": paired.after, "low": paired.low, "high": paired.high, "n": paired.n,
-        "languages": {}, "details": _details(ranks),
+        "languages": {}, "details": _details(dataset, ranks),
     }  # fmt: skip
 
 
@@ -145,7 +172,7 @@ def frozen_rate(dataset: Dataset, found: Vectors, decode: Callable[[int], str], 
     strange = [s.id for s in dataset.samples if s.label not in number]
     if strange:
         raise DataError(
-            f"{dataset.source}: {len(strange)} pictures have no label that the bundle knows, first {strange[0]}. Its "
+            f"{dataset.source}: {len(strange)} {_noun(dataset)}s have no label that the bundle knows, first {strange[0]}. Its "
             f"classes: {', '.join(number)}."
         )
     right = np.arange(scores.shape[1]) == np.array([number[s.label or ""] for s in dataset.samples])[:, None]
@@ -153,7 +180,7 @@ def frozen_rate(dataset: Dataset, found: Vectors, decode: Callable[[int], str], 
     paired = paired_bootstrap([0] * dataset.n, (ranks >= 1).astype(int), [1] * dataset.n)
     return {
         "metric": "top-1 error", "value": paired.after, "low": paired.low, "high": paired.high, "n": paired.n,
-        "languages": {}, "details": _details({"images": ranks}),
+        "languages": {}, "details": _details(dataset, {"images": ranks}),
     }  # fmt: skip
 
 
@@ -166,4 +193,6 @@ SCORES: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
     "speech-to-text": (quality, _speech_rate),
     "image-text": (dual_quality, dual_rate),
     "image-classes": (dual_quality, frozen_rate),
+    "audio-text": (dual_quality, dual_rate),
+    "audio-classes": (dual_quality, frozen_rate),
 }

@@ -21,6 +21,7 @@ from packlight.runtimes.onnx import Opened, open_graphs
 from packlight.serving import dual_encoder
 from packlight.serving.dual_encoder import Encoder
 from packlight.serving.whisper import Settings, Transcript, transcribe
+from packlight.sounds import SoundSettings
 from packlight.texts import tokenizer_decoder, tokenizer_of
 
 WEIGHTS = "weights.safetensors"
@@ -37,7 +38,7 @@ class Served:
         bundle: where it came from.
         parts: the opened graphs.
         answer: (input, language or None, task or None) -> what the task gives: a Transcript for audio float32 [n] at
-            16 kHz; for (picture, texts) their vectors, see `packlight.serving.dual_encoder.embed`.
+            16 kHz; for (picture or sound, texts) their vectors, see `packlight.serving.dual_encoder.embed`.
         reply: the same as plain numbers: token ids, or vectors.
         decode: token ids -> text.
         load_seconds: what opening took.
@@ -112,46 +113,57 @@ def _speech(bundle: Bundle, parts: dict[str, Opened], settings: Settings) -> Ser
 
 
 def _dual(bundle: Bundle, parts: dict[str, Opened], settings: dual_encoder.Settings) -> Served:
-    due = {"image": _IMAGE, "text": _TEXT}
-    if {name: (part.inputs, part.outputs) for name, part in parts.items()} != due:
+    if _named(parts) != {settings.kind: _content_names(settings), "text": (("input_ids",), ("text_vector",))}:
         raise BundleError(f"{bundle.path} has other graphs than the two towers. Get it again from its source.")
     try:
         assert settings.text is not None
         ids = tokenizer_of(read_tokenizer(bundle.path / TOKENIZER), settings.text)
     except ValueError as error:
         raise BundleError(f"{bundle.path / TOKENIZER} holds no readable tokenizer ({error}).") from None
-    encoder = Encoder(parts["image"].run, settings, parts["text"].run, ids)
-
+    encoder = Encoder(parts[settings.kind].run, settings, parts["text"].run, ids)
     return _pairs(bundle, parts, encoder, partial(dual_encoder.embed, encoder))
 
 
 def _frozen(bundle: Bundle, parts: dict[str, Opened], settings: dual_encoder.Settings) -> Served:
-    if {name: (part.inputs, part.outputs) for name, part in parts.items()} != {"image": _IMAGE}:
-        raise BundleError(f"{bundle.path} has other graphs than the picture tower. Get it again from its source.")
+    if _named(parts) != {settings.kind: _content_names(settings)}:
+        raise BundleError(
+            f"{bundle.path} has other graphs than its {settings.kind} tower. Get it again from its source."
+        )
     found = dict(read_weights(bundle.path / WEIGHTS, [f"{PROTOTYPES}/codes", f"{PROTOTYPES}/scale"]))
     codes, scale = found.get(f"{PROTOTYPES}/codes"), found.get(f"{PROTOTYPES}/scale")
     if codes is None or scale is None or codes.ndim != 2 or not len(codes) == len(scale) == len(settings.labels):
         raise BundleError(f"{bundle.path} lacks the vectors of its classes. Get it again from its source.")
-    encoder = Encoder(parts["image"].run, settings, classes=codes.astype(np.float32) * scale[:, None])
-    return _pairs(bundle, parts, encoder, lambda picture, texts: [encoder.scores(picture).tolist()])
+    encoder = Encoder(parts[settings.kind].run, settings, classes=codes.astype(np.float32) * scale[:, None])
+    return _pairs(bundle, parts, encoder, lambda content, texts: [encoder.scores(content).tolist()])
 
 
-_IMAGE, _TEXT = (("pixel_values",), ("image_vector",)), (("input_ids",), ("text_vector",))
+_Names = tuple[tuple[str, ...], tuple[str, ...]]
+
+
+def _named(parts: dict[str, Opened]) -> dict[str, _Names]:
+    return {name: (part.inputs, part.outputs) for name, part in parts.items()}
+
+
+def _content_names(settings: dual_encoder.Settings) -> _Names:
+    return settings.inputs, (f"{settings.kind}_vector",)
 
 
 def _pairs(bundle: Bundle, parts: dict[str, Opened], encoder: Encoder, reply: Callable[..., Any]) -> Served:
-    """What takes a picture and its texts."""
+    """What takes a picture or sound and its texts."""
+    sound = encoder.settings.content if isinstance(encoder.settings.content, SoundSettings) else None
 
     def answer(pair: Any, language: str | None = None, task: str | None = None) -> list[list[float]]:
         if language is not None or task:
-            raise DataError("This bundle compares pictures and texts: it takes no language and no task.")
-        picture, texts = pair
-        return list(reply(picture, texts))
+            content = "pictures" if sound is None else "sounds"
+            raise DataError(f"This bundle compares {content} and texts: it takes no language and no task.")
+        content, texts = pair
+        return list(reply(content, texts))
 
     def pair(path: Path, texts: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
-        return read_image(path), tuple(texts)
+        return (read_image(path) if sound is None else read_audio(path, sound.rate)), tuple(texts)
 
-    example = (np.full((64, 48, 3), 128, np.uint8), ("a photo",))
+    made_up = np.full((64, 48, 3), 128, np.uint8) if sound is None else np.zeros(sound.rate, np.float32)
+    example = (made_up, ("a photo",))
     return Served(bundle, parts, answer, answer, lambda i: encoder.settings.labels[i], 0.0, pair, example, encoder)
 
 
@@ -160,6 +172,8 @@ _TASKS: dict[str, tuple[Any, Callable[..., Served]]] = {
     "speech-to-text": (Settings, _speech),
     "image-text": (dual_encoder.Settings, _dual),
     "image-classes": (dual_encoder.Settings, _frozen),
+    "audio-text": (dual_encoder.Settings, _dual),
+    "audio-classes": (dual_encoder.Settings, _frozen),
 }
 
 

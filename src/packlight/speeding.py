@@ -22,7 +22,7 @@ from packlight.structure import coupled
 
 Progress = Callable[[str, int, int], None]
 
-_STAGES = ("encoder", "image tower", "text tower")  # of a profile: what is not stepwise
+_STAGES = ("encoder", "image tower", "audio tower", "text tower")  # of a profile: what is not stepwise
 _SPARE = 1.15  # of the share that times ask for: what is left runs a little less well
 _MOST, _STEP = 0.6, 0.05  # share that may go; shares are multiples of a step
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from packlight.errors import BundleError, DataError
 
-TEMPLATES = ("a photo of a {}.",)  # what a label is asked with, where nobody says otherwise
+# What a label is asked with where nobody says otherwise, as the papers of CLIP and CLAP do.
+TEMPLATES = {"image": ("a photo of a {}.",), "audio": ("This is a sound of {}.",)}
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -91,9 +92,9 @@ def tokenizer_decoder(text: str) -> Callable[[Sequence[int]], str]:
     return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def checked_templates(templates: Sequence[str] = ()) -> tuple[str, ...]:
-    """What labels are asked with, `TEMPLATES` where none are named. Raises DataError for one without {}."""
+def checked_templates(templates: Sequence[str] = (), kind: str = "image") -> tuple[str, ...]:
+    """What labels of pictures ('image') or sounds ('audio') are asked with. Raises DataError for one without {}."""
     wrong = [t for t in templates if t.count("{}") != 1]
     if wrong:
         raise DataError(f"The template {wrong[0]!r} must have {{}} once, where the label goes.")
-    return tuple(templates) or TEMPLATES
+    return tuple(templates) or TEMPLATES[kind]

@@ -39,6 +39,20 @@ def conclude(tried: Sequence[dict[str, Any]], target: Target) -> dict[str, Any]:
     }
 
 
+def missed(target: Target, outcome: dict[str, Any]) -> list[str]:
+    """Names of the constraints that a measured bundle does not meet."""
+    found = outcome["quality"]
+    allowed = target.allowed_drop(found["before"])
+    drop = found["high"] if target.strict else found["difference"]
+    checks = {
+        "size": target.size is not None and outcome["size"] > target.size,
+        "drop": allowed is not None and drop > allowed + 1e-12,
+        "latency": target.latency is not None and outcome["timing"]["after"] > target.latency,
+        "memory": target.memory_limit is not None and outcome["process"]["memory"] > target.memory_limit,
+    }
+    return [name for name, over in checks.items() if over]
+
+
 def excess(outcome: dict[str, Any], target: Target) -> float:
     """How far an outcome is beyond its worst missed limit, as a ratio."""
     return max((_share(outcome, target, name) for name in outcome["missed"]), default=0.0)
@@ -92,6 +106,7 @@ def verdict_text(result: dict[str, Any], out: Path) -> str:
         f"{'agreement':13}{metric['summary']}",
         f"{'plan':13}{result['plan']['name']}: " + "; ".join(_steps(result)),
     ]  # fmt: skip
+    lines[4:4] = _detail_lines(metric.get("details") or {})
     lines += _limit_line(result.get("certificate"))
     lines += [f"{'':13}{result['verdict']['sentence']}"]
     if result["verdict"]["interval_crosses"]:
@@ -125,6 +140,16 @@ def _steps(result: dict[str, Any]) -> list[str]:
     names = [step["technique"] for step in result["plan"]["steps"]]
     rates = [f"{p['name']} {p['rate']:.2f} b" for p in result["parts"] if p["rate"] is not None]
     return [words for name, words in _WHOLE.items() if name in names] + rates
+
+
+def _detail_lines(details: dict[str, list[float]]) -> list[str]:
+    """The shares of classes among the first one and five; recalls of both directions are in the report's numbers alone."""
+    return [
+        f"{name:13}{row[0]:>11.1%} {row[1]:>11.1%}{100 * (row[1] - row[0]):>+7.2f} pp   "
+        f"   95 % interval [{100 * row[2]:+.2f}, {100 * row[3]:+.2f}], paired"
+        for name, row in details.items()
+        if name.startswith("top-") and len(row) == 4
+    ]
 
 
 def _limit_line(found: dict[str, Any] | None) -> list[str]:

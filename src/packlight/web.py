@@ -91,6 +91,8 @@ def write_site(
         RuntimeMissing: onnxruntime-web is not to be had.
     """
     page = page or Page()
+    if served.encoder is not None and served.encoder.settings.kind == "audio":
+        raise BundleError(f"{served.bundle.path} is for sounds; a page shows pictures. Name another bundle.")
     if served.encoder is None or served.encoder.text is None:
         raise BundleError(
             f"{served.bundle.path} has no text tower, so a page can't search with it. Name another bundle."
@@ -187,7 +189,7 @@ def _show(
     for number, file in enumerate(named, start=1):
         try:
             picture = read_image(file)
-            vectors.append(served.encoder.embed_image(picture))
+            vectors.append(served.encoder.embed_content(picture))
         except DataError as error:
             wrong.append(str(error))
             continue

@@ -1,8 +1,8 @@
 """Dual encoders: a tower for pictures or sound and one for text, whose vectors meet in one space.
 
 CLIP (Radford et al. 2021, arXiv 2103.00020), SigLIP (Zhai et al. 2023, arXiv 2303.15343) and SigLIP 2, Chinese CLIP,
-AltCLIP, ALIGN, MetaCLIP 2, any `VisionTextDualEncoder`, and CLAP for sound. transformers gives them all one face:
-`get_image_features` (or `get_audio_features`) and `get_text_features`.
+AltCLIP, ALIGN, MetaCLIP 2, any `VisionTextDualEncoder`, and CLAP for sound. transformers gives them all one face,
+`get_image_features` and `get_text_features`; what exports by another road is in `dual_sound` and `dual_patches`.
 
 The loss that planning minimises is the KL divergence of the softmax over the similarities within a batch, both ways, at
 the original's own logit scale: what its contrastive training looks at.
@@ -12,32 +12,30 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from packlight.errors import DataError
-from packlight.families import Attention, Batch, Family, Graph, Part, Tower, attention_at
+from packlight.families import Attention, Batch, Family, Graph, Part, Tower, attention_at, dual_patches, dual_sound
+from packlight.families.dual_content import (
+    Pair,
+    content_of,
+    embed_content,
+    graph,
+    heard,
+    joined,
+    kind_of,
+    open_pair,
+    silence,
+    unit,
+)
 from packlight.families.dual_processing import read_processing, rows_of
 from packlight.families.mobile_dual import ARCHITECTURE, InvertedResidual, read_module, scaled_to
 from packlight.families.pretrained import from_transformers, tokenizer_json
-from packlight.images import read_image
 
 _VISION, _AUDIO, _TEXT = "vision_model", "audio_model", "text_model"
-
-
-class Pair(NamedTuple):
-    """What one sample brings.
-
-    Args:
-        content: uint8 [height, width, 3].
-        texts: its captions or prompts; may be empty.
-    """
-
-    content: np.ndarray
-    texts: tuple[str, ...]
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -47,7 +45,7 @@ def read(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any
     """Read a dual encoder of transformers with its tokenizer and processor.
 
     Returns:
-        (module in float32, {'processor', 'tokenizer', 'image', 'text'}, text of tokenizer.json).
+        (module in float32, {'processor', 'tokenizer', 'image' or 'audio', 'text'}, text of tokenizer.json).
 
     Raises:
         ModelError: damaged weights, no tokenizer or processor, or one that can't be served as the original does.
@@ -58,7 +56,8 @@ def read(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any
         module: nn.Module = read_module(folder, config)
     else:
         module = from_transformers(getattr(transformers, config["architectures"][0]), folder)
-    tokenizer = tokenizer_json(folder)
+    # SigLIP 2's class puts the lower case before what its tokenizer.json does.
+    tokenizer = tokenizer_json(folder, rebuilt=kind_of(module) == "patches")
     return module, read_processing(folder, module, tokenizer), tokenizer
 
 
@@ -74,28 +73,13 @@ def equip(module: nn.Module, folder: Path, settings: dict[str, Any], tokenizer: 
     return read_processing(folder, module, tokenizer, side)
 
 
-def open_pair(path: Path, texts: Sequence[str]) -> Pair:
-    """A picture or recording with its texts. Raises DataError."""
-    return Pair(read_image(path), tuple(texts))
-
-
 # Running ------------------------------------------------------------------------------------------------------------
-
-
-def embed_content(module: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Vectors [n, d] of length 1 of pictures [n, 3, height, width]."""
-    return _unit(module.get_image_features(pixel_values=pixel_values))
 
 
 def embed_text(module: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Vectors [n, d] of length 1 of texts [n, tokens]; the mask is for texts that were padded."""
     mask = {} if attention_mask is None else {"attention_mask": attention_mask}
-    return _unit(module.get_text_features(input_ids=input_ids, **mask))
-
-
-def _unit(found: Any) -> Tensor:
-    vectors = found if isinstance(found, Tensor) else found.pooler_output
-    return vectors / vectors.norm(dim=-1, keepdim=True)
+    return unit(module.get_text_features(input_ids=input_ids, **mask))
 
 
 def scale_of(module: nn.Module) -> Tensor:
@@ -113,9 +97,9 @@ def answer(
     language: str | None = None,
     task: str = "",
 ) -> list[list[float]]:
-    """The original's vectors of a picture and its texts, one input at a time, with its own processor and tokenizer."""
+    """The original's vectors of a picture or sound and its texts, one input at a time, with its own tokenizer."""
     content, texts = pair
-    vectors = [embed_content(module, settings["processor"](content))]
+    vectors = [content_of(module, settings["processor"](content))]
     vectors += [embed_text(module, settings["tokenizer"]([text])["input_ids"]) for text in texts]
     return [v[0].tolist() for v in vectors]
 
@@ -130,14 +114,14 @@ def prompt(settings: dict[str, Any], language: str | None, task: str) -> list[in
 def prepare(
     module: nn.Module, pairs: Sequence[Pair], words: Sequence[int], opening: Sequence[int], settings: dict[str, Any]
 ) -> Batch:
-    """A batch of pictures with one text each, the first that each has.
+    """A batch of pictures or sounds with one text each, the first that each has.
 
     Returns:
-        'pixel_values' [n, 3, height, width], 'input_ids' and 'attention_mask' [n, tokens]. Without the latter two where
-        a picture has no text: then only the first tower can be run.
+        'pixel_values' [n, 3, height, width] (or see `_INPUTS`), 'input_ids' and 'attention_mask' [n, tokens]. Without the
+        latter two where one has no text: then only the first tower can be run.
     """
     with torch.inference_mode(False), torch.no_grad():
-        batch = {"pixel_values": torch.cat([settings["processor"](p.content) for p in pairs])}
+        batch = joined(module, [settings["processor"](p.content) for p in pairs])
         if all(p.texts for p in pairs):
             batch.update(settings["tokenizer"]([p.texts[0] for p in pairs]))
     return batch
@@ -145,19 +129,21 @@ def prepare(
 
 def encode(module: nn.Module, batch: Batch) -> Batch:
     """The batch with the pictures' vectors in it."""
-    return {**batch, "states": embed_content(module, batch["pixel_values"])}
+    return {**batch, "states": content_of(module, batch)}
 
 
 def run(module: nn.Module, batch: Batch) -> Tensor:
     """Scaled similarities within the batch: [n pictures + n texts, n], each row over the other side."""
     states = batch.get("states")
     if states is None:
-        states = embed_content(module, batch["pixel_values"])
+        states = content_of(module, batch)
     if "input_ids" not in batch:
         return states @ states.T * scale_of(module)
     texts = embed_text(module, batch["input_ids"], batch.get("attention_mask"))
-    logits = states @ texts.T * scale_of(module)
-    return torch.cat([logits, logits.T])
+    cosines = states @ texts.T
+    scale = scale_of(module)
+    other = dual_sound.text_scale(module) if kind_of(module) == "audio" else scale
+    return torch.cat([cosines * scale, cosines.T * other])
 
 
 def sides(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +151,7 @@ def sides(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     if "input_ids" not in batch:
         raise DataError("Two towers are compared by pictures with texts; some of these pictures have none.")
     texts = embed_text(module, batch["input_ids"], batch.get("attention_mask"))
-    return embed_content(module, batch["pixel_values"]), texts, scale_of(module)
+    return content_of(module, batch), texts, scale_of(module)
 
 
 def inputs(module: nn.Module, batch: Batch) -> Batch:
@@ -177,15 +163,6 @@ def inputs(module: nn.Module, batch: Batch) -> Batch:
 # Exporting ----------------------------------------------------------------------------------------------------------
 
 
-class _Content(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.inner = module
-
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
-        return (embed_content(self.inner, pixel_values),)
-
-
 class _Text(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -195,26 +172,27 @@ class _Text(nn.Module):
         return (embed_text(self.inner, input_ids),)
 
 
-def graphs(module: nn.Module, pixel_values: Tensor, input_ids: Tensor, any_length: bool) -> tuple[Graph, ...]:
+def graphs(module: nn.Module, content: dict[str, Tensor], input_ids: Tensor, any_length: bool) -> tuple[Graph, ...]:
     """A graph per tower, one input at a time.
 
     Args:
         module: the model.
-        pixel_values: an example picture [1, 3, height, width].
+        content: an example picture or sound, as its tower takes it.
         input_ids: an example text [1, tokens].
         any_length: whether a text may have any number of ids, as where the original does not pad to a fixed one.
     """
     dynamic = {"input_ids": {1: "tokens"}} if any_length else {}
     return (
-        Graph("image", _Content(module), (pixel_values,), ("pixel_values",), ("image_vector",), {}),
+        graph(module, content),
         Graph("text", _Text(module), (input_ids,), ("input_ids",), ("text_vector",), dynamic),
     )
 
 
 def serving(module: nn.Module, settings: dict[str, Any], language: str | None, task: str) -> dict[str, Any]:
     """What `packlight.serving.dual_encoder.Settings` reads, for the manifest."""
+    kind = "audio" if kind_of(module) == "audio" else "image"
     scale = float(scale_of(module).detach())
-    return {"image": settings["image"], "text": settings["text"], "scale": scale, "language": None, "task": ""}
+    return {kind: settings[kind], "text": settings["text"], "scale": scale, "language": None, "task": ""}
 
 
 # Structure ----------------------------------------------------------------------------------------------------------
@@ -222,24 +200,24 @@ def serving(module: nn.Module, settings: dict[str, Any], language: str | None, t
 
 def bind(family: Family, module: nn.Module, settings: dict[str, Any]) -> Family:
     """The family with the towers, parts and graphs of this module: its blocks are found by their place in it."""
-    content = _VISION if hasattr(module, _VISION) else _AUDIO
-    modality = "image" if content == _VISION else "audio"
-    name = "vision" if content == _VISION else "audio"
+    sound = kind_of(module) == "audio"
+    content, modality, name = (_AUDIO, "audio", "audio") if sound else (_VISION, "image", "vision")
     towers = (
         Tower(name, modality, _blocks(module, content), (f"{content}.*", "visual_projection*", "audio_projection*")),
         Tower("text", "text", _blocks(module, _TEXT), (f"{_TEXT}.*", "text_projection*")),
     )
     towers = tuple(replace(t, chained=_chained(module, t), **_anatomy(module, t)) for t in towers)
-    example = settings["processor"](np.zeros((64, 64, 3), np.uint8))
+    example = settings["processor"](silence(settings))
     ids = settings["tokenizer"]([" ".join("abcdefghijklmn")])["input_ids"]
-    rows = rows_of(module, lambda: (embed_content(module, example), embed_text(module, ids)))
+    rows = rows_of(module, lambda: (embed_content(module, *example.values()), embed_text(module, ids)))
     return replace(
         family,
         towers=towers,
         parts=(*_parts(module, name, content), *_parts(module, "text", _TEXT)),
-        graphs=partial(graphs, pixel_values=example, input_ids=ids, any_length=not settings["text"]["pad_to"]),
+        graphs=partial(graphs, content=example, input_ids=ids, any_length=not settings["text"]["pad_to"]),
         multiply_adds=partial(multiply_adds, rows=rows),
-        unit=f"one picture and a text of {ids.shape[1]} tokens",
+        unit=f"one {'sound' if sound else 'picture'} and a text of {ids.shape[1]} tokens",
+        **(heard(settings) if sound else {}),
     )
 
 
@@ -268,7 +246,8 @@ def _blocks(module: nn.Module, root: str) -> str:
 
 def _chained(module: nn.Module, tower: Tower) -> bool:
     """Whether every block has the same class: stages of different sizes are also told the size of their input."""
-    return bool(tower.blocks) and "swin" not in type(module.get_submodule(tower.blocks)[0]).__name__.lower()
+    name = type(module.get_submodule(tower.blocks)[0]).__name__.lower() if tower.blocks else "stage"
+    return "swin" not in name and "stage" not in name
 
 
 _ATTENTIONS = (
@@ -319,6 +298,8 @@ FAMILY = Family(
         "AlignModel",
         "MetaClip2Model",
         "VisionTextDualEncoderModel",
+        dual_patches.ARCHITECTURE,
+        dual_sound.ARCHITECTURE,
         ARCHITECTURE,
     ),
     modalities=("image", "text"),
@@ -333,7 +314,7 @@ FAMILY = Family(
     prepare=prepare,
     encode=encode,
     run=run,
-    graphs=partial(graphs, pixel_values=torch.zeros(0), input_ids=torch.zeros(0), any_length=True),
+    graphs=partial(graphs, content={}, input_ids=torch.zeros(0), any_length=True),
     serving=serving,
     multiply_adds=partial(multiply_adds, rows={}),
     unit="one picture and one text",

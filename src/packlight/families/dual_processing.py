@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight.errors import ModelError
+from packlight.families import dual_patches, dual_sound
 from packlight.images import ImageSettings, pixels
 from packlight.texts import TextSettings, tokenizer_of
 
@@ -32,17 +33,29 @@ def read_processing(folder: Path, module: nn.Module, tokenizer: str, side: int =
         side: of the pictures that the model takes, where it is not the processor's own.
 
     Returns:
-        'processor': picture uint8 [height, width, 3] -> [1, 3, h, w]; 'tokenizer': texts -> 'input_ids',
-        'attention_mask' as the model takes them; 'image', 'text': plain settings for the device.
+        'processor': picture uint8 [height, width, 3] -> {'pixel_values' [1, 3, h, w]}, or what else the tower takes;
+        'tokenizer': texts -> 'input_ids', 'attention_mask' as the model takes them; 'image' (of CLAP 'audio'), 'text':
+        plain settings for the device.
 
     Raises:
         ModelError: no processor or tokenizer in the folder, or one that the device can't repeat.
     """
+    tokenize, text = _text(folder, module, tokenizer)
+    kind, process, content = _content(folder, module, side)
+    return {"processor": process, "tokenizer": tokenize, kind: content.to_dict(), "text": text.to_dict()}
+
+
+def _content(
+    folder: Path, module: nn.Module, side: int = 0
+) -> tuple[str, Callable[[np.ndarray], dict[str, Tensor]], Any]:
+    """('image' or 'audio', what prepares it for the tower, the settings that do the same on the device)."""
+    if module.config.model_type == "clap":
+        return "audio", *dual_sound.processing(folder, module)
     processor = _image_processor(folder)
     processor = with_side(processor, side) if side else processor
-    image = image_settings(processor, folder)
-    tokenize, text = _text(folder, module, tokenizer)
-    return {"processor": processor, "tokenizer": tokenize, "image": image.to_dict(), "text": text.to_dict()}
+    if module.config.model_type == "siglip2":
+        return "image", *dual_patches.processing(folder, module, processor.original)
+    return "image", lambda picture: {"pixel_values": processor(picture)}, image_settings(processor, folder)
 
 
 # Pictures -----------------------------------------------------------------------------------------------------------

@@ -29,10 +29,15 @@ def from_transformers(kind: Any, folder: Path) -> nn.Module:
     return cast(nn.Module, module.eval())
 
 
-def tokenizer_json(folder: Path) -> str:
-    """The text of the folder's tokenizer.json, made from other files where it has none. Raises ModelError."""
+def tokenizer_json(folder: Path, rebuilt: bool = False) -> str:
+    """The text of the folder's tokenizer.json, made from other files where it has none. Raises ModelError.
+
+    Args:
+        folder: of the model.
+        rebuilt: what transformers makes of that file instead, for tokenizers that it changes when it reads them.
+    """
     file = folder / "tokenizer.json"
-    if file.is_file():
+    if file.is_file() and not rebuilt:
         return file.read_text(encoding="utf-8")
     from transformers import AutoTokenizer
 

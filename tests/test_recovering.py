@@ -1,0 +1,44 @@
+"""Which plans can be taught, and how: by what their steps took away."""
+
+import pytest
+
+from packlight.compress import check
+from packlight.loading import load
+from packlight.model import Model
+from packlight.plan import Plan, Step
+from packlight.recovering import lesson, taught
+from small_whisper import save_model
+
+FLOATS = Step("float16", {}, ("*",))
+SHORT = Step("audio_context", {}, ("model.encoder.layers.*",))
+FINE, COARSE = (Step("error_feedback", {"rate": rate}, ("*fc?",)) for rate in (None, 3.0))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load(str(save_model(tmp_path_factory.mktemp("model") / "small")))
+
+
+def steps(model: Model, *given: Step, samples: int = 50) -> list[str]:
+    found = taught(model, Plan((*given, FLOATS), name="c07"), samples)
+    assert all(p.name == "t07" for p in found)
+    for p in found:
+        check(p, model, "given")
+    return [s.technique for p in found for s in p.steps[len(given) + 1 :]]
+
+
+def test_a_short_context_is_taught_to_the_first_tower(model: Model) -> None:
+    assert steps(model, SHORT, FINE) == ["distill"]
+    plan = taught(model, Plan((SHORT, FLOATS), name="c07"), 50)[0]
+    assert plan.steps[-1].scope == ("model.encoder.*",)
+
+
+def test_few_bits_are_tuned_afterwards(model: Model) -> None:
+    assert steps(model, COARSE) == ["tune_scales"]
+    assert steps(model, SHORT, COARSE) == ["distill", "tune_scales"]
+
+
+def test_a_plan_that_took_nothing_away_or_is_taught_already_has_nothing_to_learn(model: Model) -> None:
+    assert steps(model, FINE) == []
+    assert steps(model, SHORT, lesson(model, ("encoder",), "before")) == []
+    assert steps(model, SHORT, samples=10) == []

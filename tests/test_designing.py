@@ -247,7 +247,7 @@ def test_a_plan_with_a_student_is_deployed_and_loads_again(folder: Path, tmp_pat
     device = open_served(tmp_path / "bundle", 1)
     assert parity(model, device, given[:1])["passed"]
     again = packlight.load(str(tmp_path / "bundle"))
-    assert again.settings["processor"](picture(1)).shape[-1] == side
+    assert again.settings["processor"](picture(1))["pixel_values"].shape[-1] == side
     own = batches(again, 2)
     with torch.no_grad():
         assert torch.equal(again.family.run(again.module, own[0]), model.family.run(model.module, own[0]))

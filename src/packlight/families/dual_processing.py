@@ -52,10 +52,10 @@ def _content(
     if module.config.model_type == "clap":
         return "audio", *dual_sound.processing(folder, module)
     processor = _image_processor(folder)
-    processor = with_side(processor, side) if side else processor
+    processor = _sided(processor, side) if side else processor
     if module.config.model_type == "siglip2":
         return "image", *dual_patches.processing(folder, module, processor.original)
-    return "image", lambda picture: {"pixel_values": processor(picture)}, image_settings(processor, folder)
+    return "image", _for_tower(processor), image_settings(processor, folder)
 
 
 # Pictures -----------------------------------------------------------------------------------------------------------
@@ -84,8 +84,20 @@ def _process_by(made: Any) -> Callable[[np.ndarray], Tensor]:
     return process
 
 
-def with_side(process: Any, side: int) -> Callable[[np.ndarray], Tensor]:
+def _for_tower(process: Any) -> Callable[[np.ndarray], dict[str, Tensor]]:
+    def named(picture: np.ndarray) -> dict[str, Tensor]:
+        return {"pixel_values": process(picture)}
+
+    named.original = process.original
+    return named
+
+
+def with_side(process: Any, side: int) -> Callable[[np.ndarray], dict[str, Tensor]]:
     """A processor that makes square pictures of another side; a shorter side it scales to keeps its proportion to it."""
+    return _for_tower(_sided(process, side))
+
+
+def _sided(process: Any, side: int) -> Callable[[np.ndarray], Tensor]:
     made = copy.deepcopy(process.original)
     if getattr(made, "do_center_crop", False):
         before = int(made.crop_size["height"])

@@ -147,6 +147,7 @@ PLANS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(PLANS))
 def test_a_plan_gives_a_smaller_bundle_that_agrees_with_torch_and_reloads(
     folder: Path, tmp_path: Path, name: str

@@ -23,6 +23,7 @@ def test_the_share_is_what_the_times_ask_for() -> None:
     assert share_to_prune(slow(1.0, 0.99), 0.0) == pytest.approx(0.6)
 
 
+@pytest.mark.slow
 def test_a_latency_that_is_missed_is_tried_with_a_shorter_context_and_then_with_fewer_operations(
     tmp_path: Path,
 ) -> None:

@@ -4,6 +4,7 @@ import math
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,20 +54,36 @@ class ImageSettings:
     @classmethod
     def from_dict(cls, values: Any) -> "ImageSettings":
         """Read what `to_dict` wrote. Raises BundleError for other keys or values."""
-        try:
-            lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            made = cls(**lists)
+
+        def right(made: ImageSettings) -> bool:
             sides = [made.height, made.width, *made.scaled, made.shortest]
-            right = all(isinstance(v, int) and 0 <= v <= 8192 for v in sides) and min(sides[:4]) > 0
-            right = right and len(made.scaled) == 2
-            right = right and made.resample in range(6) and isinstance(made.crop, bool)
-            for numbers in (made.gain, made.offset):
-                right = right and len(numbers) == 3 and all(math.isfinite(v) for v in numbers)
-        except (TypeError, AttributeError) as error:
-            raise BundleError(f"The bundle's picture settings can't be read ({error}). Write it again.") from None
-        if not right:
-            raise BundleError("The bundle's picture settings hold values out of range. Write the bundle again.")
-        return made
+            whole = all(isinstance(v, int) and 0 <= v <= 8192 for v in sides) and min(sides[:4]) > 0
+            return whole and len(made.scaled) == 2 and isinstance(made.crop, bool)
+
+        return read_settings(cls, values, right)
+
+
+def read_settings(kind: type[Any], values: Any, right: Callable[[Any], bool]) -> Any:
+    """Picture settings of a kind, with a filter, gain and offset, from what its `to_dict` wrote.
+
+    Args:
+        kind: the dataclass.
+        values: of the bundle's manifest.
+        right: whether all else is in range.
+
+    Raises:
+        BundleError: other keys or values.
+    """
+    try:
+        made = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fine = right(made) and made.resample in range(6)
+        for numbers in (made.gain, made.offset):
+            fine = fine and len(numbers) == 3 and all(math.isfinite(v) for v in numbers)
+    except (TypeError, AttributeError) as error:
+        raise BundleError(f"The bundle's picture settings can't be read ({error}). Write it again.") from None
+    if not fine:
+        raise BundleError("The bundle's picture settings hold values out of range. Write the bundle again.")
+    return made
 
 
 def read_image(path: Path) -> Array:

@@ -19,6 +19,7 @@ from packlight.errors import ModelError
 from packlight.families import Family
 from packlight.layers import Edit, replace_
 from packlight.structure import original_path
+from packlight.texts import tokenizer_decoder
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
@@ -85,10 +86,7 @@ class Model:
 
     def decoder(self) -> Callable[[Any], str]:
         """A function from token ids to text, without special tokens."""
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_str(self.tokenizer)
-        return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+        return tokenizer_decoder(self.tokenizer)
 
     def edit_(self, edit: Edit) -> nn.Module:
         """Carry out an edit and log it. Returns the new layer, to be filled."""

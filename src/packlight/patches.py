@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from packlight.errors import BundleError
+from packlight.images import read_settings
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _LARGEST, _SMALLEST, _STEP = 100.0, 1e-6, 1e-5  # of the search for the scale
@@ -43,18 +43,12 @@ class PatchSettings:
     @classmethod
     def from_dict(cls, values: Any) -> "PatchSettings":
         """Read what `to_dict` wrote. Raises BundleError for other keys or values."""
-        try:
-            lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            made = cls(**lists)
+
+        def right(made: PatchSettings) -> bool:
             counts = zip((made.patch, made.most, made.side), (256, 2**14, 256), strict=True)
-            right = all(isinstance(v, int) and 0 < v <= limit for v, limit in counts) and made.resample in range(6)
-            for numbers in (made.gain, made.offset):
-                right = right and len(numbers) == 3 and all(math.isfinite(v) for v in numbers)
-        except (TypeError, AttributeError) as error:
-            raise BundleError(f"The bundle's picture settings can't be read ({error}). Write it again.") from None
-        if not right:
-            raise BundleError("The bundle's picture settings hold values out of range. Write the bundle again.")
-        return made
+            return all(isinstance(v, int) and 0 < v <= limit for v, limit in counts)
+
+        return read_settings(cls, values, right)
 
 
 def patches(image: Array, settings: PatchSettings) -> dict[str, Array]:

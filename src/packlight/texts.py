@@ -56,14 +56,9 @@ def tokenizer_of(text: str, settings: TextSettings) -> Callable[[str], list[int]
     Raises:
         ValueError: no tokenizer.
     """
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_str(text)
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(settings.max_tokens)
-    except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower class
-        raise ValueError(str(error)) from None
+    tokenizer = _opened(text)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(settings.max_tokens)
 
     def ids(words: str) -> list[int]:
         if settings.canonical:
@@ -83,13 +78,17 @@ def tokenizer_decoder(text: str) -> Callable[[Sequence[int]], str]:
     Raises:
         ValueError: no tokenizer.
     """
+    tokenizer = _opened(text)
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _opened(text: str) -> Any:
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_str(text)
+        return Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower class
         raise ValueError(str(error)) from None
-    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def checked_templates(templates: Sequence[str] = (), kind: str = "image") -> tuple[str, ...]:

@@ -67,6 +67,13 @@ def test_the_small_whispers_tokenizer_goes_both_ways(tmp_path: Path) -> None:
     assert json.loads(with_merges(without_merges(text))) == json.loads(text)
 
 
+def test_numbers_may_have_gaps() -> None:
+    text = json.dumps({"model": {"type": "BPE", "vocab": {"a": 0, "b": 7}}, "decoder": {"type": "ByteLevel"}})
+    spelled = speller(without_merges(text))
+    assert spelled is not None
+    assert spelled([7, 0, 1]) == "ba"
+
+
 def test_letters_are_those_of_the_library() -> None:
     assert set(byte_letters()) == set(pre_tokenizers.ByteLevel.alphabet())
     assert sorted(byte_letters().values()) == list(range(256))

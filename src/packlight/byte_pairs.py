@@ -91,10 +91,10 @@ def speller(text: str) -> Callable[[Sequence[int]], str] | None:
         added = {int(a["id"]): None if a["special"] else str(a["content"]) for a in known.get("added_tokens", [])}
     except (KeyError, TypeError) as error:
         raise ValueError(f"an added token without {error}") from None
-    pieces, letters = _pieces(model), byte_letters()
+    pieces, letters = _by_id(model), byte_letters()
 
     def spelled(token: int) -> bytes:
-        piece = added[token] if token in added else pieces[token] if 0 <= token < len(pieces) else None
+        piece = added[token] if token in added else pieces.get(token)
         if piece is None:
             return b""
         return bytes(letters[c] for c in piece) if all(c in letters for c in piece) else piece.encode()
@@ -103,12 +103,19 @@ def speller(text: str) -> Callable[[Sequence[int]], str] | None:
 
 
 def _pieces(model: dict[str, Any]) -> list[str]:
+    """The tokens of a model that lists them, in the order of their ids. Raises ValueError."""
     vocabulary = model.get("vocab")
-    if isinstance(vocabulary, dict):
-        vocabulary = [p for p, _ in sorted(vocabulary.items(), key=lambda item: int(item[1]))]
     if not isinstance(vocabulary, list) or not all(isinstance(piece, str) for piece in vocabulary):
         raise ValueError("its tokens are no texts")
     return vocabulary
+
+
+def _by_id(model: dict[str, Any]) -> dict[int, str]:
+    """Id -> token, whether they are listed or numbered, with gaps or without. Raises ValueError."""
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict):
+        return {int(i): piece for piece, i in vocabulary.items()}
+    return dict(enumerate(_pieces(model)))
 
 
 def byte_letters() -> dict[str, int]:

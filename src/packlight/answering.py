@@ -1,7 +1,7 @@
 """What `packlight run` does with a bundle: transcribe recordings, rank pictures or sounds for words, or sort them."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,21 +90,20 @@ def _transcribe(served: Served, question: Question) -> Iterator[Found]:
 
 def pictures(source: Path) -> list[Path]:
     """The pictures of a folder and its sub folders in the order of their names, or the one picture. Raises DataError."""
-    if source.is_file():
-        return [source]
-    found = sorted(f for f in files_below(source) if f.suffix.lower() in SUFFIXES) if source.is_dir() else []
-    if not found:
-        raise DataError(f"There is no picture in {source}. Name a folder with {', '.join(sorted(SUFFIXES)[:4])} files.")
-    return found
+    return _found(source, SUFFIXES, "picture", ", ".join(sorted(SUFFIXES)[:4]))
 
 
 def recordings(source: Path) -> list[Path]:
     """The same for recordings."""
+    return _found(source, AUDIO_SUFFIXES, "recording", ".wav, .flac, .ogg or .mp3")
+
+
+def _found(source: Path, suffixes: Collection[str], kind: str, some: str) -> list[Path]:
     if source.is_file():
         return [source]
-    found = sorted(f for f in files_below(source) if f.suffix.lower() in AUDIO_SUFFIXES) if source.is_dir() else []
+    found = sorted(f for f in files_below(source) if f.suffix.lower() in suffixes) if source.is_dir() else []
     if not found:
-        raise DataError(f"There is no recording in {source}. Name a folder with .wav, .flac, .ogg or .mp3 files.")
+        raise DataError(f"There is no {kind} in {source}. Name a folder with {some} files.")
     return found
 
 

@@ -43,6 +43,12 @@ CONVOLUTIONS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _same_weights() -> None:
+    """Layers that a test makes are the same, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -163,17 +169,19 @@ def test_a_convolution_that_nothing_went_through_is_refused() -> None:
 
 
 def test_feedback_of_groups_beats_rounding_to_nearest() -> None:
-    conv = nn.Conv2d(8, 8, 5, groups=8)
-    x = noise(4, 8, 12, 12).cumsum(2).cumsum(3)  # neighbours are alike, as in pictures
-    taps, rows = taps_of(conv, x), rows_of(conv)
-    grid = channel_grid(rows, None, 7)
-    codes = grouped_feedback(rows, taps.transpose(1, 2) @ taps, grid, 0.01)
-
-    def loss(codes: Tensor) -> float:
-        return float((taps @ (grid.values(codes) - rows)[:, :, None]).square().sum())
-
-    assert loss(codes) < 0.3 * loss(grid.codes(rows))
-    assert int(codes.abs().max()) <= 7
+    shares = []
+    for seed in range(10):
+        torch.manual_seed(seed)
+        conv = nn.Conv2d(8, 8, 5, groups=8)
+        x = noise(4, 8, 12, 12, seed=seed).cumsum(2).cumsum(3)  # neighbours are alike, as in pictures
+        taps, rows = taps_of(conv, x), rows_of(conv)
+        grid = channel_grid(rows, None, 7)
+        codes = grouped_feedback(rows, taps.transpose(1, 2) @ taps, grid, 0.01)
+        assert int(codes.abs().max()) <= 7
+        losses = [(taps @ (grid.values(c) - rows)[:, :, None]).square().sum() for c in (codes, grid.codes(rows))]
+        shares.append(float(losses[0] / losses[1]))
+    assert max(shares) < 0.5
+    assert sum(shares) < 0.3 * len(shares)
 
 
 def test_only_depthwise_codes_use_the_whole_byte() -> None:

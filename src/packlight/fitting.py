@@ -199,7 +199,7 @@ def make_plans(run: Run) -> tuple[list[Level], list[Plan]]:
     rounding = activations(run.model, judged, run.work / "activations.jsonl", run.progress)
     rounding = with_static(rounding, run.model, (observed, judged), run.work / "static.jsonl", run.progress)
     rounding = {part: kl for part, kl in rounding.items() if part not in unshipped}
-    vocabularies = prunings(run.model, observed, judged, _languages(run), run.texts)
+    vocabularies = prunings(run.model, observed, judged, _languages(run), run.texts, run.progress)
     fast, origin = run.target.latency is not None, (_calibration(run), run.options.seed)
     shortened = contexts(run.model, judged, run.work / "contexts.jsonl", run.progress) if fast else []
     plans = front(run.model, levels, rounding, vocabularies, shortened, origin, fast)

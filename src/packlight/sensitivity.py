@@ -295,6 +295,7 @@ def prunings(
     judged: Sequence[Batch],
     languages: Sequence[str],
     texts: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> list[Pruning]:
     """Ways to prune the vocabulary, the first of which is not to.
 
@@ -308,6 +309,7 @@ def prunings(
         judged: others, that say what it costs.
         languages: codes that the model is to write; none for no pruning, since any token may then be needed.
         texts: further texts that it is to write well.
+        progress: called with (what, done, total).
     """
     family, module = model.family, model.module
     layers = [(module.get_submodule(table), (table, head)) for table, head in family.tied]
@@ -318,8 +320,14 @@ def prunings(
     rows = table.num_embeddings
     known = read_vocabulary(model.tokenizer, rows)
     words = [[int(i) for i in b[family.reads].flatten()] for b in (*observed, *judged)]
-    first = measure_usage(model.tokenizer, rows, languages=languages, texts=texts, words=words[: len(observed)])
-    whole = measure_usage(model.tokenizer, rows, languages=languages, texts=texts, words=words)
+    usages = []
+    for i, known_words in enumerate((words[: len(observed)], words)):
+        if progress:
+            progress("counting how often each token is used", i, 2)
+        usages.append(measure_usage(model.tokenizer, rows, languages=languages, texts=texts, words=known_words))
+    first, whole = usages
+    if progress:
+        progress("counting how often each token is used", 2, 2)
     with torch.no_grad():
         written = [torch.softmax(family.run(module, b), -1) for b in judged]
     found = [Pruning()]

@@ -37,7 +37,8 @@ def progress_bar(quiet: bool) -> Callable[[str, int, int], None]:
             state.update(what=what, start=now, tenth=-1)
         left = (now - state["start"]) / max(done, 1) * (total - done)
         tenth = 10 * done // max(total, 1)
-        line = f"{what}: {done}/{total}, {format_seconds(left)} left"
+        known = now > state["start"]  # the first report says nothing of how long the others take
+        line = f"{what}: {done}/{total}" + (f", {format_seconds(left)} left" if known else "")
         if terminal:
             typer.echo(f"\r\x1b[K{line}" + ("\n" if done == total else ""), err=True, nl=False)
         elif tenth != state["tenth"] and (done == 1 or done == total or tenth % 5 == 0):

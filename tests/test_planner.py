@@ -10,6 +10,7 @@ from packlight.model import Model, Source
 from packlight.plan import Step
 from packlight.planner import front, levels_between
 from packlight.sensitivity import Level, Pruning
+from packlight.target import Target
 
 TABLE = "vocabulary table and head"
 ORIGIN: tuple[dict[str, Any], int] = ({}, 0)
@@ -123,9 +124,10 @@ def test_convolutions_are_in_integers_where_that_loses_less_or_a_latency_asks_fo
         p for p, layer in dual.layers().items() if hasattr(layer, "groups") and dual.family.part_of(p).name == part
     }
     levels = [lv for name in (part, "text attention") for lv in curve(name, 0.01)]
-    for static, fast, due in ((1e-3, False, True), (1e-1, False, False), (1e-1, True, True)):
+    fast = Target(latency=0.1)
+    for static, target, due in ((1e-3, None, True), (1e-1, None, False), (1e-1, fast, True)):
         rounding = {part: {"int8": 1e-2, "int8_rows": 1e-2, "static": static}}
-        plan = front(dual, levels, rounding, [Pruning()], [], ORIGIN, fast)[0]
+        plan = front(dual, levels, rounding, [Pruning()], [], ORIGIN, target)[0]
         found = check(plan, dual, "any")
         assert {p for p, a in found.items() if a.technique.name == "static_int8"} == (convs if due else set())
         assert plan.expected["kl"] == pytest.approx(0.01 * 4**0.75 * 2 + (static if due else 1e-2), rel=1e-6)
@@ -133,3 +135,21 @@ def test_convolutions_are_in_integers_where_that_loses_less_or_a_latency_asks_fo
         assert not due or (
             step.technique == "static_int8" and step.config["rate"] == 2.25 and "fixed ranges" in step.reason
         )
+
+
+def test_words_keep_float_activations_unless_a_latency_or_memory_asks_for_integers(tmp_path: Path, model: Any) -> None:
+    from packlight.loading import load
+    from small_dual import save_model
+
+    dual = load(str(save_model(tmp_path / "align", "align")))
+    parts = ("vision convolutions", "text attention")
+    levels = [lv for part in parts for lv in curve(part, 0.01)]
+    rounding = {part: {"int8": 1e-2, "int8_rows": 1e-2} for part in parts}
+    for target, words in ((None, "float"), (Target(latency=0.1), "int8"), (Target(memory=10**9), "int8")):
+        plan = front(dual, levels, rounding, [Pruning()], [], ORIGIN, target)[0]
+        modes = {s.reason.partition(":")[0]: s.config["activations"] for s in plan.steps if "activations" in s.config}
+        assert modes == {"vision convolutions": "int8", "text attention": words}
+        assert words != "float" or "ranks alike" in next(s.reason for s in plan.steps if "text attention" in s.reason)
+    # What is heard is compared with nothing: its decoder keeps its integers.
+    speech = front(model, curve("decoder feed-forward", 0.01), {}, [Pruning()], [], ORIGIN)[0]
+    assert {s.config["activations"] for s in speech.steps if "activations" in s.config} == {"int8"}

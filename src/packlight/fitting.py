@@ -202,7 +202,7 @@ def make_plans(run: Run) -> tuple[list[Level], list[Plan]]:
     vocabularies = prunings(run.model, observed, judged, _languages(run), run.texts, run.progress)
     fast, origin = run.target.latency is not None, (_calibration(run), run.options.seed)
     shortened = contexts(run.model, judged, run.work / "contexts.jsonl", run.progress) if fast else []
-    plans = front(run.model, levels, rounding, vocabularies, shortened, origin, fast)
+    plans = front(run.model, levels, rounding, vocabularies, shortened, origin, run.target)
     for plan in plans:
         check(plan, run.model, run.calibration.sha256)
     return levels, plans

@@ -16,6 +16,7 @@ from packlight.model import Model
 from packlight.plan import Plan, Step
 from packlight.ranging import convolutions_of
 from packlight.sensitivity import Level, Pruning, Shortened, coded_paths, settings
+from packlight.target import Target
 from packlight.techniques.audio_context import AudioContextConfig
 from packlight.techniques.audio_context import step as audio_context_step
 from packlight.windows import is_matrix
@@ -83,7 +84,7 @@ def front(
     vocabularies: Sequence[Pruning],
     shortened: Sequence[Shortened],
     origin: tuple[dict[str, Any], int],
-    fast: bool = False,
+    target: Target | None = None,
 ) -> list[Plan]:
     """Plans along the Pareto front of bytes and predicted KL, smallest first, then two with float activations.
 
@@ -96,8 +97,10 @@ def front(
         vocabularies: from `prunings`.
         shortened: from `contexts`; empty where no latency was asked for.
         origin: what the plans say of the calibration samples, and the seed.
-        fast: whether a latency was asked for: then convolutions are computed in integers where they can be.
+        target: where it asks for a latency, convolutions are computed in integers where they can be; where it asks for
+            neither that nor memory, words that pictures or sounds are compared with keep float activations.
     """
+    target = target or Target()
     by_part: dict[str, list[Level]] = {}
     for level in levels:
         by_part.setdefault(level.part, []).append(level)
@@ -109,7 +112,9 @@ def front(
         for price in _PRICES:
             best = tuple(min(c, key=lambda lv: lv.kl + price * lv.bytes) for c in kept.values())
             found.append(_Choice(vocabulary, best))
-    modes = _modes(rounding, sum(min(lv.kl for lv in c) for c in parts.values()), fast)
+    modes = _modes(rounding, sum(min(lv.kl for lv in c) for c in parts.values()), target.latency is not None)
+    if target.latency is None and target.memory is None:
+        modes |= _exact_words(model)
     chosen = _spaced(found)
     plans = [_plan(model, c, modes, f"p{i + 1:02d}", origin) for i, c in enumerate(chosen)]
     floats = _float_plans(model, chosen[-1], origin)
@@ -170,6 +175,17 @@ def _modes(rounding: Activations, weights: float, fast: bool) -> dict[str, tuple
             why = f"fixed ranges and integers throughout: KL {fixed:.2g}, {found[part][1]:.2g} with {found[part][2]}"
             found[part] = ("static", fixed, why)
     return found
+
+
+def _exact_words(model: Model) -> dict[str, tuple[str, float, str]]:
+    """Modes for the towers of text that others are compared with: none where nothing is compared.
+
+    An 8-bit range falls otherwise where the last bit of a float differs, as it does from one processor, or browser, to
+    another; then a vector differs by 1e-3, and what is ranked by it changes places. A text is short enough for floats.
+    """
+    words = {t.name for t in model.family.towers if t.modality == "text" and model.family.sides is not None}
+    parts = [p for p in model.family.parts if p.tower in words and not _only_lookups(model, p)]
+    return {p.name: ("float", 0.0, "float activations, so that every processor ranks alike") for p in parts}
 
 
 _STEPWISE = ("int8", 0.0, "8-bit activations, because integer kernels are the fast ones")

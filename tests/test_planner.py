@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from packlight.families import whisper
+from packlight.fewer_tokens import Pruning
 from packlight.model import Model, Source
 from packlight.plan import Step
 from packlight.planner import front, levels_between
-from packlight.sensitivity import Level, Pruning
+from packlight.sensitivity import Level
 from packlight.target import Target
 
 TABLE = "vocabulary table and head"

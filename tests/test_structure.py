@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "loading",
         "sensitivity",
+        "fewer_tokens",
         "ranging",
         "planner",
         "compress",

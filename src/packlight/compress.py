@@ -8,6 +8,7 @@ first block, each block, and last the layers after all towers (the head).
 import copy
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +23,7 @@ from packlight.layers import Edit
 from packlight.model import Model
 from packlight.plan import Plan, Step, StepRecord, write_json
 from packlight.quant import bound, distortion
+from packlight.reloading import described, write_inputs
 from packlight.restructuring import check_restructuring, needing_samples, restructure_
 from packlight.tables import TECHNIQUES
 from packlight.techniques import Compressed, Technique
@@ -36,6 +38,7 @@ from packlight.windows import is_matrix
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
+_SAME = 1e-4  # how far a vector of length 1 may move where nothing was changed but ids
 
 
 @dataclass(frozen=True)
@@ -225,14 +228,45 @@ def _prune(model: Model, plan: Plan, batches: Sequence[Batch]) -> Sequence[Batch
     config = _config_of(plan, PRUNE_VOCABULARY)
     if config is None:
         return batches
-    new = prune_(model, config).old_to_new
-    key = model.family.reads
-    left = [b for b in batches if all(i in new for i in b[key].flatten().tolist())]
+    family, kept = model.family, set(decode_ids(config.kept)[0])
+    left = [found for b in batches if (found := _covered(b, family.reads, kept)) is not None]
     if batches and not left:
         raise PlanError("Every calibration sample has words that the plan prunes. Give it others, or keep more tokens.")
-    if len(left) < len(batches):
-        log.warning("%d calibration samples have words that the plan prunes: left out.", len(batches) - len(left))
-    return [{**b, key: torch.tensor([remap_ids(ids, new) for ids in b[key].tolist()])} for b in left]
+    lost = sum(len(b[family.reads]) for b in batches) - sum(len(b[family.reads]) for b in left)
+    if lost:
+        log.warning("%d calibration samples have words that the plan prunes: left out.", lost)
+    before = [_words_of(model, b) for b in left[:1]]
+    new = prune_(model, config).old_to_new
+    if family.bind is not None:  # its processing and its graphs' examples hold ids
+        with tempfile.TemporaryDirectory() as folder:
+            write_inputs(Path(folder), described(model), model.tokenizer)
+            model.settings = family.equip(model.module, Path(folder), model.settings, model.tokenizer)
+        model.family = family.bind(family, model.module, model.settings)
+    left = [{**b, family.reads: torch.tensor([remap_ids(ids, new) for ids in b[family.reads].tolist()])} for b in left]
+    for batch, vectors in zip(left, before, strict=False):
+        if vectors is not None and not torch.allclose(vectors, _words_of(model, batch), atol=_SAME):
+            raise PlanError(
+                f"{model.source.architecture} reads texts otherwise once tokens are gone, even texts that need none of "
+                "them. Leave out the step that prunes the vocabulary."
+            )
+    return left
+
+
+def _covered(batch: Batch, key: str, kept: set[int]) -> Batch | None:
+    """The samples of a batch whose token ids all stay; None where there are none."""
+    ids = batch[key]
+    rows = [i for i, row in enumerate(ids.tolist()) if kept.issuperset(row)]
+    if len(rows) in (0, len(ids)):
+        return batch if rows else None
+    return {k: v[rows] if v.dim() and len(v) == len(ids) else v for k, v in batch.items()}
+
+
+def _words_of(model: Model, batch: Batch) -> Tensor | None:
+    """The vectors of a batch's texts; None for a family that compares nothing."""
+    if model.family.sides is None or model.family.reads not in batch:
+        return None
+    with torch.no_grad():
+        return model.family.sides(model.module, batch)[1]
 
 
 def old_ids(plan: Plan) -> tuple[int, ...] | None:

@@ -30,6 +30,7 @@ from packlight.deploy import deploy, ladder, parity, versions
 from packlight.errors import DataError, TargetError
 from packlight.evaluate import TIMED, Asked, answers, languages, spread, time_pair
 from packlight.families import Batch
+from packlight.fewer_tokens import prunings
 from packlight.freezing import check_classes, frozen_reply, left_out
 from packlight.loading import load
 from packlight.measure import machine, measure
@@ -41,12 +42,12 @@ from packlight.recovering import taught
 from packlight.report import write_report
 from packlight.scoring import SCORES
 from packlight.searching import search
-from packlight.sensitivity import Level, activations, contexts, measure_grams, profile, prunings, sensitivity
+from packlight.sensitivity import Level, activations, contexts, measure_grams, profile, sensitivity
 from packlight.serve import open_served
 from packlight.speeding import Slow, lighter
 from packlight.target import Target
 from packlight.verdict import conclude, missed
-from packlight.vocabulary_usage import has_word_list, read_texts, texts_sha256
+from packlight.vocabulary_usage import check_language, has_word_list, read_texts, texts_sha256
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -136,7 +137,10 @@ def prepare(model: str, data: Path, target: Target, out: Path, options: Options,
     check_input(loaded, evaluation)
     check_calibration(loaded, calibration)
     check_classes(evaluation, options.freeze)
-    loaded.family.prompt(loaded.settings, options.language, options.task)  # raises for a language it does not know
+    if loaded.family.sides is None or options.language is None:
+        loaded.family.prompt(loaded.settings, options.language, options.task)  # raises for a language it does not know
+    else:
+        check_language(options.language)
     free = shutil.disk_usage(next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())).free
     needed = 3 * loaded.source.bytes + 200_000_000
     if free < needed:
@@ -199,7 +203,8 @@ def make_plans(run: Run) -> tuple[list[Level], list[Plan]]:
     rounding = activations(run.model, judged, run.work / "activations.jsonl", run.progress)
     rounding = with_static(rounding, run.model, (observed, judged), run.work / "static.jsonl", run.progress)
     rounding = {part: kl for part, kl in rounding.items() if part not in unshipped}
-    vocabularies = prunings(run.model, observed, judged, _languages(run), run.texts, run.progress)
+    wanted = (_languages(run), run.texts) if run.options.prune_vocabulary else ([], [])
+    vocabularies = prunings(run.model, observed, judged, wanted, run.progress)
     fast, origin = run.target.latency is not None, (_calibration(run), run.options.seed)
     shortened = contexts(run.model, judged, run.work / "contexts.jsonl", run.progress) if fast else []
     plans = front(run.model, levels, rounding, vocabularies, shortened, origin, run.target)
@@ -209,12 +214,12 @@ def make_plans(run: Run) -> tuple[list[Level], list[Plan]]:
 
 
 def _languages(run: Run) -> list[str]:
-    """What the model is to write; empty when the vocabulary must stay whole."""
+    """What the model is to write or read; empty when that is not known."""
     options, several = run.options, bool(run.model.settings.get("lang_to_id"))
-    if not options.prune_vocabulary or (several and (not options.language or options.task != "transcribe")):
+    if several and (not options.language or options.task != "transcribe"):
         return []
-    language = options.language or "en"
-    return [language] if has_word_list(language) else []  # the report's plan then has no such step
+    language = options.language or ("en" if run.model.family.sides is None else "")
+    return [language] if language and has_word_list(language) else []  # the report's plan then has no such step
 
 
 def _lighter(run: Run, plan: Plan, outcome: dict[str, Any]) -> list[Plan]:
@@ -286,7 +291,7 @@ def build(run: Run, plan: Plan) -> Built:
     if run.options.freeze:
         shipped = frozen_reply(served, bundle, (run.calibration, run.evaluation), run.options.templates, threads)
         records = [r for r in records if r.part not in left_out(run.model)]
-    names = old_ids(plan)
+    names = old_ids(plan) if run.model.family.sides is None else None  # vectors hold no ids
 
     def reply(content: Any) -> list[Any]:
         tokens = shipped(content, run.options.language, _task(run))

@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 
 from packlight.families import Part
+from packlight.fewer_tokens import Pruning
 from packlight.model import Model
 from packlight.plan import Plan, Step
 from packlight.ranging import convolutions_of
-from packlight.sensitivity import Level, Pruning, Shortened, coded_paths, settings
+from packlight.sensitivity import Level, Shortened, coded_paths, settings
 from packlight.target import Target
 from packlight.techniques.audio_context import AudioContextConfig
 from packlight.techniques.audio_context import step as audio_context_step
@@ -105,7 +106,7 @@ def front(
     for level in levels:
         by_part.setdefault(level.part, []).append(level)
     parts = {part: levels_between(found) for part, found in by_part.items()}
-    tables = {p.name for table, _ in model.family.tied if (p := model.family.part_of(table)) is not None}
+    tables = {p.name for table in model.family.token_tables if (p := model.family.part_of(table)) is not None}
     found: list[_Choice] = []
     for vocabulary in vocabularies:
         kept = {p: [_shrunk(lv, vocabulary.share) if p in tables else lv for lv in c] for p, c in parts.items()}

@@ -131,6 +131,11 @@ def tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
+def described(model: Model) -> dict[str, Any]:
+    """Its config, and the files that say how inputs are made, for `write_inputs`."""
+    return {"config": _config(model), "files": _files(model)}
+
+
 def _files(model: Model) -> dict[str, Any]:
     """Small JSON files of the original that say how inputs are made."""
     found = {}

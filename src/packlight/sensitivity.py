@@ -14,16 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from packlight.context import AudioContext
-from packlight.errors import PlanError
 from packlight.families import Batch, Part
 from packlight.layers import ACTIVATIONS
 from packlight.model import Model
 from packlight.observe import grams, token_use
-from packlight.plan import Step, append_line, read_lines
+from packlight.plan import append_line, read_lines
 from packlight.tables import TECHNIQUES
-from packlight.techniques.prune_vocabulary import step as prune_step
-from packlight.vocabulary import choose, read_vocabulary
-from packlight.vocabulary_usage import measure_usage, texts_sha256
 from packlight.windows import is_matrix, matrix, unmatrix
 
 Progress = Callable[[str, int, int], None]
@@ -268,79 +264,3 @@ def _measure_part(
 def _is_table(model: Model, part: str) -> bool:
     """Whether a part is a table tied to a head: it runs one token at a time, where 8-bit groups are fast too."""
     return any((p := model.family.part_of(table)) is not None and p.name == part for table, _ in model.family.tied)
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """A way to treat the vocabulary table.
-
-    Args:
-        share: of the table's rows that stay.
-        kl: per token, from tokens that go.
-        step: of the plan; None to keep all.
-    """
-
-    share: float = 1.0
-    kl: float = 0.0
-    step: Step | None = None
-
-
-_SHARES = (0.9, 0.75, 0.5, 0.4, 0.32, 0.25)  # of the rows that a pruned vocabulary keeps
-_LARGE = 0.2  # share of all parameters from which a table is worth pruning
-
-
-def prunings(
-    model: Model,
-    observed: Sequence[Batch],
-    judged: Sequence[Batch],
-    languages: Sequence[str],
-    texts: Sequence[str] = (),
-    progress: Progress | None = None,
-) -> list[Pruning]:
-    """Ways to prune the vocabulary, the first of which is not to.
-
-    The loss is measured as if the judged samples were not known: tokens are chosen by the languages, the texts and the
-    observed samples, and where the original gives a share m of its probability to tokens that went, the KL divergence
-    of what is left is -log(1 - m). The tokens of a plan are then chosen with the words of all samples.
-
-    Args:
-        model: the original.
-        observed: calibration batches that the tokens are chosen with.
-        judged: others, that say what it costs.
-        languages: codes that the model is to write; none for no pruning, since any token may then be needed.
-        texts: further texts that it is to write well.
-        progress: called with (what, done, total).
-    """
-    family, module = model.family, model.module
-    layers = [(module.get_submodule(table), (table, head)) for table, head in family.tied]
-    total = sum(p.numel() for p in module.parameters())
-    if not languages or len(layers) != 1 or layers[0][0].weight.numel() < _LARGE * total:
-        return [Pruning()]
-    table, scope = layers[0]
-    rows = table.num_embeddings
-    known = read_vocabulary(model.tokenizer, rows)
-    words = [[int(i) for i in b[family.reads].flatten()] for b in (*observed, *judged)]
-    usages = []
-    for i, known_words in enumerate((words[: len(observed)], words)):
-        if progress:
-            progress("counting how often each token is used", i, 2)
-        usages.append(measure_usage(model.tokenizer, rows, languages=languages, texts=texts, words=known_words))
-    first, whole = usages
-    if progress:
-        progress("counting how often each token is used", 2, 2)
-    with torch.no_grad():
-        written = [torch.softmax(family.run(module, b), -1) for b in judged]
-    found = [Pruning()]
-    for share in _SHARES:
-        size = int(rows * share)
-        try:
-            blind = choose(known, first, size=size, always={i for w in words[: len(observed)] for i in w})
-            kept = choose(known, whole, size=size, always={i for w in words for i in w})
-        except PlanError:  # fewer than what must stay
-            continue
-        stay = torch.tensor(blind.ids)
-        kl = float(torch.cat([-torch.log(p[:, stay].sum(-1).clamp(max=1)) for p in written]).mean())
-        made = prune_step(kept, scope, tuple(languages), texts_sha256(texts) if texts else "")
-        why = f"{made.reason}; KL {kl:.2g} per token on samples that had no part in choosing"
-        found.append(Pruning(len(kept.ids) / rows, kl, replace(made, reason=why)))
-    return found

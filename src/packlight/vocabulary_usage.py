@@ -173,15 +173,20 @@ def _wordfreq() -> Any:
     return wordfreq
 
 
-def _word_list(language: str) -> dict[str, float]:
-    """The words of a language in lower case with their shares, without those that hold digits."""
-    wordfreq = _wordfreq()
-    known = sorted(wordfreq.available_languages("best"))
-    if language not in known:
+def check_language(language: str) -> None:
+    """Raises DataError for a language whose words have no known frequencies."""
+    if not has_word_list(language):
+        known = sorted(_wordfreq().available_languages("best"))
         raise DataError(
             f"There are no word frequencies for the language {language!r}. Known: {', '.join(known)}. Choose the "
             "vocabulary by texts instead."
         )
+
+
+def _word_list(language: str) -> dict[str, float]:
+    """The words of a language in lower case with their shares, without those that hold digits."""
+    check_language(language)
+    wordfreq = _wordfreq()
     found = wordfreq.get_frequency_dict(language, "best")
     words = defaultdict(float, {w: f for w, f in found.items() if f >= _RARE and not any(c.isdigit() for c in w)})
     if language == "zh":

@@ -135,6 +135,7 @@ class Family:
         towers: in the order in which a forward pass runs them.
         parts: every layer that holds weights belongs to the first part that has it.
         tied: (path of the table, path of the layer that shares its weights).
+        tables: paths of tables of token ids that no layer shares.
         read: (folder, config) -> (module, generation settings, text of tokenizer.json).
         prompt: (settings, language, task) -> the token ids that open an answer.
         detect_language: (module, input, settings) -> code or None; None for a family that knows no languages.
@@ -192,6 +193,7 @@ class Family:
     window: float
     usage: str
     open_input: Callable[[Path, Sequence[str]], Any]
+    tables: tuple[str, ...] = ()
     group: int = 1
     notes: tuple[str, ...] = ()
     bind: "Callable[[Family, nn.Module, dict[str, Any]], Family] | None" = None
@@ -204,6 +206,11 @@ class Family:
     words: Callable[[nn.Module, Batch, dict[str, Any]], Tensor] | None = None
     sides: Callable[[nn.Module, Batch], tuple[Tensor, Tensor, Tensor]] | None = None
     augment: Callable[[nn.Module, Sequence[Batch], int, int, dict[str, Any]], Batch] | None = None
+
+    @property
+    def token_tables(self) -> tuple[str, ...]:
+        """Paths of all tables of token ids."""
+        return (*(table for table, _ in self.tied), *self.tables)
 
     def part_of(self, path: str) -> Part | None:
         """The part that a layer belongs to, or None."""

@@ -36,6 +36,7 @@ from packlight.families.mobile_dual import ARCHITECTURE, InvertedResidual, read_
 from packlight.families.pretrained import from_transformers, tokenizer_json
 
 _VISION, _AUDIO, _TEXT = "vision_model", "audio_model", "text_model"
+_TABLES = ("token_embedding", "word_embeddings")
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -214,6 +215,7 @@ def bind(family: Family, module: nn.Module, settings: dict[str, Any]) -> Family:
         family,
         towers=towers,
         parts=(*_parts(module, name, content), *_parts(module, "text", _TEXT)),
+        tables=tuple(p for p, m in module.named_modules() if p.startswith(_TEXT) and p.endswith(_TABLES)),
         graphs=partial(graphs, content=example, input_ids=ids, any_length=not settings["text"]["pad_to"]),
         multiply_adds=partial(multiply_adds, rows=rows),
         unit=f"one {'sound' if sound else 'picture'} and a text of {ids.shape[1]} tokens",
@@ -226,7 +228,7 @@ def _parts(module: nn.Module, name: str, root: str) -> tuple[Part, ...]:
     has_attention = any("attn" in path or "attention" in path for path, _ in module.get_submodule(root).named_modules())
     projections = ("text_projection*",) if name == "text" else ("visual_projection*", "audio_projection*")
     return (
-        Part(f"{name} token table", (f"{root}.*token_embedding", f"{root}.*word_embeddings"), name),
+        Part(f"{name} token table", tuple(f"{root}.*{table}" for table in _TABLES), name),
         Part(f"{name} positions", (f"{root}.*position*embedding*", f"{root}.*token_type_embeddings"), name),
         Part(f"{name} patch embedding", (f"{root}.*patch_embed*", f"{root}.*embedder.*"), name),
         Part(f"{name} attention", attention, name),

@@ -1,4 +1,4 @@
-"""Rows out of the vocabulary table and its tied head, and their tokens out of the tokenizer.
+"""Rows out of the vocabulary table and the head tied to it, and their tokens out of the tokenizer.
 
 Text that needs none of these tokens is written and read as before.
 
@@ -96,30 +96,63 @@ def prune_(model: Model, config: PruneVocabularyConfig) -> Pruned:
     found = read_vocabulary(model.tokenizer, rows)
     if config.vocabulary_sha256 and found.sha256 != config.vocabulary_sha256:
         raise PlanError("The plan prunes another vocabulary than this model's. Make the plan anew for this model.")
-    if not model.family.tied:
+    if not model.family.token_tables:
         raise PlanError(f"The family {model.family.name} names no vocabulary table, so none can be pruned.")
-    layers = [(_layer(model, table, rows), _layer(model, head, rows)) for table, head in model.family.tied]
+    heads = {table: _layer(model, head, rows) for table, head in model.family.tied}
+    tables = {table: _layer(model, table, rows) for table in model.family.token_tables}
     pruned = rewrite(model.tokenizer, ids, rows)
-    settings = remap_settings(model.settings, pruned.old_to_new)
-    configs = [c for c in (getattr(model.module, n, None) for n in ("config", "generation_config")) if c is not None]
-    changed = [remap_settings(c.to_dict(), pruned.old_to_new) for c in configs]  # raises before anything is changed
+    new = pruned.old_to_new
+    _check_places(model, new)
+    settings = remap_settings(model.settings, new)
+    owners = _owners(model.module)
+    changed = [_remapped(owner.to_dict(), new, rows) for owner in owners]  # raises before anything is changed
     index = torch.tensor(ids)
-    for table, head in layers:
-        shared = head.weight is table.weight
+    for path, table in tables.items():
+        head = heads.get(path)
+        shared = head is not None and head.weight is table.weight
         _slice_(table, index)
         if shared:
             head.weight = table.weight
-        _slice_(head, index, weight=not shared)
-        padding = table.padding_idx
-        table.padding_idx = None if padding is None else pruned.old_to_new.get(padding)
-    for owner, values in zip(configs, changed, strict=True):
-        before = owner.to_dict()
+        if head is not None:
+            _slice_(head, index, weight=not shared)
+        table.padding_idx = None if table.padding_idx is None else new.get(table.padding_idx)
+    for owner, values in zip(owners, changed, strict=True):
         for key, value in values.items():
-            if value != before[key]:
-                setattr(owner, key, value)
-    model.module.config.vocab_size = len(ids)
+            setattr(owner, key, value)
+        if hasattr(owner, "vocab_size"):
+            owner.vocab_size = len(ids)
+    for layer in model.module.modules():  # CLIP's text tower keeps the id that it looks for
+        if isinstance(getattr(layer, "eos_token_id", None), int) and layer.eos_token_id in new:
+            layer.eos_token_id = new[layer.eos_token_id]
     model.tokenizer, model.settings = pruned.tokenizer_json, settings
     return pruned
+
+
+def _owners(module: Any) -> list[Any]:
+    """The configurations of a module that name token ids."""
+    config = module.config
+    found = (config, getattr(config, "text_config", None), getattr(module, "generation_config", None))
+    return [owner for owner in found if owner is not None]
+
+
+def _remapped(values: dict[str, Any], new: dict[int, int], rows: int) -> dict[str, Any]:
+    """The values of a configuration that change; ids that the vocabulary never had are nobody's."""
+    own = {k: v for k, v in values.items() if not (k.endswith("token_id") and isinstance(v, int) and v >= rows)}
+    return {k: v for k, v in remap_settings(own, new).items() if v != values[k]}
+
+
+def _check_places(model: Model, new: dict[int, int]) -> None:
+    """Refuse ids whose number itself means something to a text tower, where that number would change."""
+    config = getattr(model.module.config, "text_config", None)
+    numbers = {
+        layer.padding_idx
+        for path, layer in model.module.named_modules()
+        if path.endswith("position_embeddings") and getattr(layer, "padding_idx", None) is not None
+    }  # RoBERTa counts positions from the padding's id on
+    if getattr(config, "eos_token_id", None) == 2 and hasattr(config, "projection_dim"):
+        numbers.add(2)  # CLIP takes this to mean: the largest id ends the text
+    if wrong := sorted(i for i in numbers if new.get(i) != i):
+        raise PlanError(f"The id {wrong[0]} means something to the text tower, so every token before it must stay.")
 
 
 def _layer(model: Model, path: str, rows: int) -> Any:

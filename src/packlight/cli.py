@@ -36,7 +36,10 @@ Calibration = Annotated[
     Path | None, typer.Option(readable=False, help="Calibration samples; without it --data is divided.")
 ]
 Threads = Annotated[int, typer.Option(min=0, help="Threads; 0 for all cores.")]
-Language = Annotated[str | None, typer.Option(help="Language code of a multilingual model; else it is detected.")]
+Language = Annotated[
+    str | None,
+    typer.Option(help="Language code of a multilingual model; else it is detected. In fit, also of texts to compare."),
+]
 Task = Annotated[str | None, typer.Option(help="transcribe or translate.")]
 Templates = Annotated[
     list[str] | None,

@@ -91,7 +91,9 @@ def batch_of(model: Model, texts: list[str]) -> dict[str, Any]:
     return model.family.prepare(model.module, pairs, [], [], model.settings)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k in ("siglip", "altclip") else k for k in KINDS]
+)
 def test_covered_texts_keep_their_vectors_in_torch_bundle_and_reload(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

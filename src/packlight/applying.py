@@ -14,7 +14,7 @@ from packlight.data import CALIBRATION_LIMIT, Dataset, prompted, read_dataset, s
 from packlight.deploy import deploy
 from packlight.errors import DataError
 from packlight.evaluate import answers, spread, threads_or_all
-from packlight.families import Batch
+from packlight.families import Batch, Family
 from packlight.loading import load
 from packlight.model import Model
 from packlight.plan import Plan
@@ -161,6 +161,20 @@ def divide(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
     """(for Gram matrices, for sensitivity): every fifth judges."""
     judged = [b for i, b in enumerate(batches) if i % 5 == 4]
     return [b for i, b in enumerate(batches) if i % 5 != 4], judged or batches[:1]
+
+
+def together(family: Family, batches: list[Batch]) -> list[Batch]:
+    """Of a family that compares, all samples in one batch: among sixteen nearly every plan finds the right one."""
+    if family.sides is None or len(batches) < 2:
+        return batches
+    joint = {}
+    for name in batches[0]:
+        values = [b[name] for b in batches]
+        if values[0].dim() > 1:  # texts, and pictures of any shape, are filled up to the longest and masked
+            longest = max(v.shape[1] for v in values)
+            values = [torch.nn.functional.pad(v, (0, 0) * (v.dim() - 2) + (0, longest - v.shape[1])) for v in values]
+        joint[name] = torch.cat(values)
+    return [joint]
 
 
 def apply(

@@ -22,6 +22,7 @@ from packlight.applying import (
     divide,
     plan_batches,
     threads_of,
+    together,
 )
 from packlight.bundle import is_bundle, open_bundle
 from packlight.compress import check, compress_, old_ids
@@ -193,9 +194,14 @@ def _calibration(run: Run) -> dict[str, Any]:
     return {"sha256": seen.sha256, "n": seen.n, "seconds": round(seen.seconds, 1)}
 
 
+def _divided(run: Run) -> tuple[list[Batch], list[Batch]]:
+    observed, judged = divide(run.batches)
+    return observed, together(run.model.family, judged)
+
+
 def make_plans(run: Run) -> tuple[list[Level], list[Plan]]:
     """Measure the sensitivities; returns them, and the plans along the front, each checked."""
-    observed, judged = divide(run.batches)
+    observed, judged = _divided(run)
     kept = run.work / "sensitivity.jsonl"
     sums = measure_grams(run.model, observed, run.progress)
     unshipped = left_out(run.model) if run.options.freeze else set()
@@ -228,7 +234,7 @@ def _lighter(run: Run, plan: Plan, outcome: dict[str, Any]) -> list[Plan]:
     slow = Slow(plan, run.work / plan.key[:12] / "bundle", outcome["timing"]["after"], run.target.latency)
     asked = Asked(run.options.language, _task(run), threads_of(run.options, run.target.device))
     contents = [run.model.family.open_input(s.path, s.texts) for s in spread(run.evaluation, 5)]
-    found = lighter(run.model, slow, contents, asked, divide(run.batches), run.work / "pruning.jsonl", run.progress)
+    found = lighter(run.model, slow, contents, asked, _divided(run), run.work / "pruning.jsonl", run.progress)
     return [] if found is None else [found]
 
 

@@ -26,7 +26,7 @@ _FINE = tuple(1.75 + 0.125 * i for i in range(28))  # rates a plan may use
 _GAP = 0.015  # plans on the front lie at least this far apart in bytes
 # KL per token that a byte may cost; the first asks for the least KL, whatever its bytes.
 _PRICES = (0.0, *(10 ** (-11 + 0.01 * i) for i in range(800)))
-_WORTH = 0.1  # share of the finest weights' KL that a range per row must save to be worth its time
+_WORTH = 0.1  # share of the weights' KL that a range per row must save, and that fixed ranges may cost, for their time
 
 Activations = Mapping[str, Mapping[str, float]]
 
@@ -113,11 +113,11 @@ def front(
         for price in _PRICES:
             best = tuple(min(c, key=lambda lv: lv.kl + price * lv.bytes) for c in kept.values())
             found.append(_Choice(vocabulary, best))
-    modes = _modes(rounding, sum(min(lv.kl for lv in c) for c in parts.values()), target.latency is not None)
-    if target.latency is None and target.memory is None:
-        modes |= _exact_words(model)
+    finest, fast = sum(min(lv.kl for lv in c) for c in parts.values()), target.latency is not None
+    exact = _exact_words(model) if not fast and target.memory is None else {}
     chosen = _spaced(found)
-    plans = [_plan(model, c, modes, f"p{i + 1:02d}", origin) for i, c in enumerate(chosen)]
+    modes = [_modes(rounding, finest, math.inf if fast else c.kl) | exact for c in chosen]
+    plans = [_plan(model, c, m, f"p{i + 1:02d}", origin) for i, (c, m) in enumerate(zip(chosen, modes, strict=True))]
     floats = _float_plans(model, chosen[-1], origin)
     if not shortened:
         return [*plans, *floats]
@@ -160,8 +160,14 @@ def _spaced(found: Sequence[_Choice]) -> list[_Choice]:
     return thin
 
 
-def _modes(rounding: Activations, weights: float, fast: bool) -> dict[str, tuple[str, float, str]]:
-    """By part: (how its activations are rounded, the KL of that, why)."""
+def _modes(rounding: Activations, weights: float, loss: float) -> dict[str, tuple[str, float, str]]:
+    """By part: (how its activations are rounded, the KL of that, why).
+
+    Args:
+        rounding: what was measured.
+        weights: KL of the finest weights; ranges per row must save a share of it.
+        loss: KL of the plan's weights; fixed ranges, which make convolutions fast, may cost a share of it.
+    """
     found = {}
     for part, kl in rounding.items():
         saved = kl["int8"] - kl["int8_rows"]
@@ -172,7 +178,7 @@ def _modes(rounding: Activations, weights: float, fast: bool) -> dict[str, tuple
         )
         found[part] = ("int8_rows" if rows else "int8", kl["int8_rows" if rows else "int8"], f"{why}, {other}")
         fixed = kl.get("static")
-        if fixed is not None and (fast or fixed <= found[part][1]):
+        if fixed is not None and fixed <= found[part][1] + _WORTH * loss:
             why = f"fixed ranges and integers throughout: KL {fixed:.2g}, {found[part][1]:.2g} with {found[part][2]}"
             found[part] = ("static", fixed, why)
     return found

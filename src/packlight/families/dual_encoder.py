@@ -36,6 +36,7 @@ from packlight.families.mobile_dual import ARCHITECTURE, InvertedResidual, read_
 from packlight.families.pretrained import from_transformers, tokenizer_json
 
 _VISION, _AUDIO, _TEXT = "vision_model", "audio_model", "text_model"
+_AT_ONCE = 16
 _TABLES = ("token_embedding", "word_embeddings")
 
 
@@ -130,14 +131,24 @@ def prepare(
 
 def encode(module: nn.Module, batch: Batch) -> Batch:
     """The batch with the pictures' vectors in it."""
-    return {**batch, "states": content_of(module, batch)}
+    return {**batch, "states": _contents(module, batch)}
+
+
+def _contents(module: nn.Module, batch: Batch) -> Tensor:
+    """The vectors of many pictures, a few at a time where nothing learns: what is between the layers is large."""
+    content = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask")}
+    count = len(next(iter(content.values())))
+    if torch.is_grad_enabled() or count <= _AT_ONCE:
+        return content_of(module, content)
+    parts = [{k: v[i : i + _AT_ONCE] for k, v in content.items()} for i in range(0, count, _AT_ONCE)]
+    return torch.cat([content_of(module, part) for part in parts])
 
 
 def run(module: nn.Module, batch: Batch) -> Tensor:
     """Scaled similarities within the batch: [n pictures + n texts, n], each row over the other side."""
     states = batch.get("states")
     if states is None:
-        states = content_of(module, batch)
+        states = _contents(module, batch)
     if "input_ids" not in batch:
         return states @ states.T * scale_of(module)
     texts = embed_text(module, batch["input_ids"], batch.get("attention_mask"))

@@ -126,3 +126,26 @@ def test_a_tokenizer_json_of_another_model_is_refused(folders, tmp_path):
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ModelError, match="tokenizer"):
         packlight.load(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["siglip", "vit_bert"])
+def test_samples_of_several_batches_are_compared_with_all_others(folders, kind):
+    from packlight.applying import together
+
+    model = packlight.load(str(folders[kind]))
+    made = [Pair(picture(i), (TEXTS[i % 2],)) for i in range(20)]  # texts of two lengths, more than run at once
+    batches = [model.family.prepare(model.module, made[i : i + 5], [], [], model.settings) for i in range(0, 20, 5)]
+    batches[0]["input_ids"] = batches[0]["input_ids"][:, : 5 if kind == "vit_bert" else None]  # the first ends early
+    if kind == "vit_bert":
+        batches[0]["attention_mask"] = batches[0]["attention_mask"][:, :5]
+    (joint,) = together(model.family, batches)
+    with torch.no_grad():
+        sides = [model.family.sides(model.module, b) for b in batches]
+        first, second = (torch.cat([s[i] for s in sides]) for i in (0, 1))
+        logits = run(model.module, joint)
+        again = run(model.module, model.family.encode(model.module, joint))
+    scaled = sides[0][2] * first @ second.T
+    assert logits.shape == (40, 20)
+    assert torch.allclose(logits, torch.cat([scaled, scaled.T]), atol=1e-4)
+    assert torch.equal(again, logits)
+    assert together(model.family, batches[:1]) == batches[:1]

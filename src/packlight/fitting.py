@@ -8,7 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ class Run:
     calibration: Dataset
     evaluation: Dataset
     progress: Progress | None
+    language: str | None = None  # of the words to come; a model that compares is not told of it
     texts: list[str] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
     before: list[list[int]] = field(default_factory=list)
@@ -157,7 +158,9 @@ def prepare(model: str, data: Path, target: Target, out: Path, options: Options,
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"Can't write to {out} ({error.strerror}). Choose a folder that you may write to.") from None
-    run = Run(loaded, target, options, out, work, calibration, evaluation, progress, texts)
+    language = options.language
+    options = options if loaded.family.sides is None else replace(options, language=None)
+    run = Run(loaded, target, options, out, work, calibration, evaluation, progress, language, texts)
     run.overhead = 400_000 if options.freeze else run.overhead  # no tokenizer
     return run
 
@@ -222,9 +225,9 @@ def make_plans(run: Run) -> tuple[list[Level], list[Plan]]:
 def _languages(run: Run) -> list[str]:
     """What the model is to write or read; empty when that is not known."""
     options, several = run.options, bool(run.model.settings.get("lang_to_id"))
-    if several and (not options.language or options.task != "transcribe"):
+    if several and (not run.language or options.task != "transcribe"):
         return []
-    language = options.language or ("en" if run.model.family.sides is None else "")
+    language = run.language or ("en" if run.model.family.sides is None else "")
     return [language] if language and has_word_list(language) else []  # the report's plan then has no such step
 
 

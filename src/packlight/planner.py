@@ -26,7 +26,8 @@ _FINE = tuple(1.75 + 0.125 * i for i in range(28))  # rates a plan may use
 _GAP = 0.015  # plans on the front lie at least this far apart in bytes
 # KL per token that a byte may cost; the first asks for the least KL, whatever its bytes.
 _PRICES = (0.0, *(10 ** (-11 + 0.01 * i) for i in range(800)))
-_WORTH = 0.1  # share of the weights' KL that a range per row must save, and that fixed ranges may cost, for their time
+_WORTH = 0.1  # share of the finest weights' KL that a range per row must save to be worth its time
+_FAST = 0.25  # share of a plan's KL that fixed ranges may cost, since they make convolutions several times faster
 
 Activations = Mapping[str, Mapping[str, float]]
 
@@ -178,7 +179,7 @@ def _modes(rounding: Activations, weights: float, loss: float) -> dict[str, tupl
         )
         found[part] = ("int8_rows" if rows else "int8", kl["int8_rows" if rows else "int8"], f"{why}, {other}")
         fixed = kl.get("static")
-        if fixed is not None and fixed <= found[part][1] + _WORTH * loss:
+        if fixed is not None and fixed <= found[part][1] + _FAST * loss:
             why = f"fixed ranges and integers throughout: KL {fixed:.2g}, {found[part][1]:.2g} with {found[part][2]}"
             found[part] = ("static", fixed, why)
     return found

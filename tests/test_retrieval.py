@@ -18,14 +18,27 @@ def test_first_right_counts_wrong_answers_before_it_and_ties_against_it():
 def test_a_model_that_gives_one_vector_for_all_finds_nothing():
     same = np.ones((5, 4))
     right, _, _ = right_pairs([(f"t{i}",) for i in range(5)])
-    to_image, to_text = retrieval_ranks(same, [same[:1]] * 5, right)
+    to_image, to_text = retrieval_ranks(same, same, right)
     assert to_image.tolist() == to_text.tolist() == [4] * 5
 
 
 def test_several_captions_and_the_same_words_for_two_pictures():
-    right, flat, owner = right_pairs([("a frog", "green"), ("a frog",)])
-    assert flat == ["a frog", "green", "a frog"] and owner.tolist() == [0, 0, 1]
-    assert right.tolist() == [[True, True, True], [True, False, True]]
+    right, first, owner = right_pairs([("a frog", "green"), ("a frog", "slow"), ("green",)])
+    assert first.tolist() == [0, 1, 3] and owner.tolist() == [0, 0, 1]  # a frog, green, slow
+    assert right.tolist() == [[True, True, False], [True, False, True], [False, True, False]]
+
+
+def test_a_series_under_one_title_is_one_query():
+    """Ninety pictures with the same words that fail must not outweigh ten that are found."""
+    words = [("card",)] * 90 + [(f"t{i}",) for i in range(10)]
+    right, first, owner = right_pairs(words)
+    assert first.tolist() == owner.tolist() == [0, *range(90, 100)]
+    images = np.eye(100)
+    asked = images[first].copy()
+    asked[0] = -images[:90].sum(0)  # the series is found last
+    to_image, to_text = retrieval_ranks(images, asked, right)
+    assert to_image.tolist() == [10, *[0] * 10] and recall(to_image, 1) == pytest.approx(10 / 11)
+    assert to_text[90:].tolist() == [0] * 10
 
 
 def test_no_right_answer_and_nan_are_refused():

@@ -160,8 +160,8 @@ def seen(small: Model, part: Part, view: int, some: Any, frozen: int) -> Tensor:
 @torch.no_grad()
 def recall_at_10(vectors: Tensor, part: Part) -> float:
     """Text to image among a part's drawings, all words of each as the query."""
-    right, _, _ = right_pairs([[r["text"]] for r in part.rows])
-    return recall(retrieval_ranks(vectors.numpy(), part.second[0].numpy()[:, None], right)[0], 10)
+    right, first, _ = right_pairs([[r["text"]] for r in part.rows])
+    return recall(retrieval_ranks(vectors.numpy(), part.second[0].numpy()[first], right)[0], 10)
 
 
 @torch.no_grad()

@@ -248,8 +248,8 @@ def recall_at_10(model: MobileDual, rows: Sequence[dict[str, Any]], cached: np.n
     """Text to image among these drawings, the words of each as the query."""
     pictures = torch.cat([picture_states(model, torch.from_numpy(x[None].astype(np.float32))) for x in cached]).numpy()
     texts = [embed_text(model, tokens(tokenizer, [r["text"]])["input_ids"]).numpy() for r in rows]
-    right, _, _ = right_pairs([[r["text"]] for r in rows])
-    return recall(retrieval_ranks(pictures, texts, right)[0], 10)
+    right, first, _ = right_pairs([[r["text"]] for r in rows])
+    return recall(retrieval_ranks(pictures, np.concatenate(texts)[first], right)[0], 10)
 
 
 # The command --------------------------------------------------------------------------------------------------------

@@ -33,19 +33,25 @@ def first_right(scores: Array, right: Array) -> Array:
     return ((scores >= best) & ~right).sum(1)
 
 
-def right_pairs(texts: Sequence[Sequence[str]]) -> tuple[Array, list[str], Array]:
+def right_pairs(texts: Sequence[Sequence[str]]) -> tuple[Array, Array, Array]:
     """Which text is right for which picture: any that it carries, so the same words may be right for several.
+
+    Words that several pictures carry are one text: asked again they would get the same answer, and a series of thirty
+    drawings under one title would count thirty times.
 
     Args:
         texts: of each picture.
 
     Returns:
-        ([pictures, texts] bool, the texts one after the other, [texts] the picture that brought each).
+        ([pictures, distinct texts] bool, [distinct texts] where each first stands among all texts one after the other,
+        [distinct texts] the picture that brought it).
     """
     flat = [text for own in texts for text in own]
     owner = np.array([i for i, own in enumerate(texts) for _ in own], dtype=np.int64)
+    places = {text: i for i, text in reversed(list(enumerate(flat)))}
+    first = np.array(sorted(places.values()), dtype=np.int64)
     kept = [set(own) for own in texts]
-    return np.array([[t in own for t in flat] for own in kept], dtype=bool), flat, owner
+    return np.array([[flat[i] in own for i in first] for own in kept], dtype=bool), first, owner[first]
 
 
 def recall(ranks: Array, k: int) -> float:
@@ -64,15 +70,15 @@ def class_vectors(prompts: Sequence[Array]) -> Array:
     return unit(np.stack([unit(p).mean(0) for p in prompts]))
 
 
-def retrieval_ranks(images: Array, texts: Sequence[Array], right: Array) -> tuple[Array, Array]:
+def retrieval_ranks(images: Array, texts: Array, right: Array) -> tuple[Array, Array]:
     """Ranks both ways: ([texts] of a right picture for each text, [pictures] of a right text for each picture).
 
     Args:
         images: [pictures, d].
-        texts: per picture, [its texts, d].
+        texts: [distinct texts, d].
         right: from `right_pairs`.
     """
-    scores = unit(images) @ unit(np.concatenate(list(texts))).T
+    scores = unit(images) @ unit(texts).T
     return first_right(scores.T, right.T), first_right(scores, right)
 
 

@@ -54,11 +54,12 @@ def _ranks(dataset: Dataset, found: Vectors) -> dict[str, Any]:
         names, classes, truth = _labels(dataset, texts)
         scores = images @ classes.T
         return {"images": class_ranks(images, classes, truth), "top": [names[i] for i in scores.argmax(1)]}
-    right, flat, owner = right_pairs([s.texts for s in dataset.samples])
-    to_image, to_text = retrieval_ranks(images, texts, right)
-    scores = np.concatenate(texts) @ images.T
-    top = [(dataset.samples[i].text or "") for i in scores.argmax(1)]
-    return {"texts": to_image, "images": to_text, "top": top, "flat": flat, "owner": owner}
+    right, first, owner = right_pairs([s.texts for s in dataset.samples])
+    asked = np.concatenate(texts)[first]
+    to_image, to_text = retrieval_ranks(images, asked, right)
+    top = [(dataset.samples[i].text or "") for i in (asked @ images.T).argmax(1)]
+    flat = [text for s in dataset.samples for text in s.texts]
+    return {"texts": to_image, "images": to_text, "top": top, "flat": [flat[i] for i in first], "owner": owner}
 
 
 def _kinds(dataset: Dataset, ranks: dict[str, Any]) -> dict[str, tuple[str, int]]:

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from packlight.answering import Question, ask
+from packlight.answering import pictures as listed
 from packlight.serve import open_served
 
-_READY = "document.body.dataset.state === 'ready'"
+_READY = "body[data-state=ready]"
 _SHOWN = "[...document.querySelectorAll('#found li')].map((e) => Number(e.dataset.picture))"
 
 
@@ -69,7 +70,10 @@ def measured(site: Path, bundle: Path, images: Path, queries: Sequence[str]) -> 
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         sys.exit("This needs Chromium: apt-get install chromium")
-    names = [p["name"] for p in json.loads((site / "site.json").read_text(encoding="utf-8"))["pictures"]]
+    files = [str(f) for f in listed(images)]  # in this order the site has them, where all could be read
+    count = len(json.loads((site / "site.json").read_text(encoding="utf-8"))["pictures"])
+    if count != len(files):
+        sys.exit(f"The site shows {count} pictures, {images} has {len(files)}. Name the folder that it was made of.")
     with serving(site) as (address, sent), sync_playwright() as playwright:
         # The sandbox needs rights that containers and root lack; the page is our own.
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
@@ -78,19 +82,19 @@ def measured(site: Path, bundle: Path, images: Path, queries: Sequence[str]) -> 
         page.on("request", lambda request: asked.append(request.url))
         start = time.perf_counter()
         page.goto(address)
-        page.wait_for_function(_READY, timeout=120_000)
+        page.wait_for_selector(_READY, timeout=120_000)
         ready, fetched = time.perf_counter() - start, sum(sent)
         shown, seconds = searched(page, queries)
         version = browser.version
         browser.close()
     served = open_served(bundle)
     question = Question(tuple(queries), images, top=10)
-    native = [[Path(r["file"]).stem for r in row["found"]] for row, _ in ask(served, question) if row is not None]
+    native = [[r["file"] for r in row["found"]] for row, _ in ask(served, question) if row is not None]
     pictures = sum(f.stat().st_size for f in (site / "pictures").rglob("*") if f.is_file())
     whole = sum(f.stat().st_size for f in site.rglob("*") if f.is_file())
     return {
-        "chromium": version, "queries": len(queries), "pictures": len(names),
-        "different": [q for q, a, b in zip(queries, shown, native, strict=True) if [names[i] for i in a] != b],
+        "chromium": version, "queries": len(queries), "pictures": count,
+        "different": [q for q, a, b in zip(queries, shown, native, strict=True) if [files[i] for i in a] != b],
         "ready_s": round(ready, 2), "fetched_bytes": fetched, "first_s": round(seconds[0], 3),
         "next_median_s": round(statistics.median(seconds[1:]), 3), "next_most_s": round(max(seconds[1:]), 3),
         "site_bytes_without_pictures": whole - pictures, "bundle_bytes": served.bundle.size,

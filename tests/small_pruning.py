@@ -61,3 +61,7 @@ def kill_heads_(module: torch.nn.Module, path: str, dead: tuple[int, ...], size:
 def kill_units_(module: torch.nn.Module, path: str, dead: range) -> None:
     with torch.no_grad():
         module.get_submodule(f"{path}.fc2").weight[:, dead.start : dead.stop] = 0
+
+
+def long_batches() -> list[dict[str, torch.Tensor]]:
+    return [{**b, "input_features": torch.randn(1, 80, 3000)} for b in batches(2)]

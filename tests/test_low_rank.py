@@ -20,8 +20,8 @@ from packlight.plan import Plan, Step
 from packlight.serve import open_served
 from packlight.structure import LowRank
 from packlight.techniques.low_rank import LowRankConfig, directions, factors, low_rank_
+from small_pruning import DECODER, ENCODER, batches, fresh, logits, long_batches
 from small_whisper import save_model
-from test_prune_structure import DECODER, ENCODER, batches, fresh, logits, long_batches
 
 FIRST = f"{ENCODER}.0.fc1"
 

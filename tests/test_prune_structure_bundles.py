@@ -17,7 +17,7 @@ from packlight.serve import open_served
 from packlight.structure import coupled
 from packlight.techniques.prune_structure import PruneStructureConfig, prune_structure_
 from small_dual import save_model as save_dual
-from small_pruning import DECODER, ENCODER, batches
+from small_pruning import DECODER, ENCODER, long_batches
 from small_whisper import save_model
 
 
@@ -35,10 +35,6 @@ CONFIG = {
     "heads": {f"{ENCODER}.0.self_attn": 1, f"{DECODER}.1.self_attn": 1, f"{DECODER}.1.encoder_attn": 1},
     "hidden": {f"{ENCODER}.0": 64, f"{DECODER}.1": 32},
 }
-
-
-def long_batches() -> list[dict[str, torch.Tensor]]:
-    return [{**b, "input_features": torch.randn(1, 80, 3000)} for b in batches(2)]
 
 
 @pytest.mark.parametrize("layers", [(), (f"{DECODER}.0",)])

@@ -11,8 +11,8 @@ from packlight.model import Model
 from packlight.pruning_plan import Effect, measure_effects, prune_step, tower_cost
 from packlight.structure import coupled
 from packlight.techniques.prune_structure import PruneStructureConfig, prune_structure_
+from small_pruning import DECODER, ENCODER, batches, fresh, kill_heads_, kill_units_, logits
 from small_whisper import save_model
-from test_prune_structure import DECODER, ENCODER, batches, fresh, kill_heads_, kill_units_, logits
 
 
 @pytest.fixture(scope="module")

@@ -118,3 +118,10 @@ def test_templates_and_bare_pictures_are_refused_where_they_do_not_fit():
     bare = Dataset("bare", (Sample("s", None, None, 0.0, "x", (), None, "image"),))
     with pytest.raises(DataError, match="neither"):
         dual_rate(bare, [[[1.0]]])
+
+
+def test_templates_for_the_evaluation_leave_captions_that_only_calibrate_alone():
+    captions = Dataset("there", tuple(Sample(f"s{i}", None, "a", 0.0, f"{i}", ("a",), None, "image") for i in range(2)))
+    assert prompted(captions, ("a picture of {}.",), needed=False) == captions
+    with pytest.raises(DataError, match="templates need labels"):
+        prompted(captions, ("a picture of {}.",))

@@ -203,7 +203,7 @@ def apply(
     check_out(out)
     dataset = None
     if options.calibration is not None:
-        dataset = prompted(read_dataset(options.calibration), options.templates)
+        dataset = prompted(read_dataset(options.calibration), options.templates, needed=False)
     elif data is not None:
         dataset = split(prompted(read_dataset(data), options.templates), plan.seed)[0]
     torch.set_num_threads(threads_or_all(options.threads))

@@ -375,17 +375,18 @@ def _checked(folder: Path, entries: list[_Entry], problems: _Problems) -> tuple[
     return tuple(samples)
 
 
-def prompted(dataset: Dataset, templates: Sequence[str] = ()) -> Dataset:
+def prompted(dataset: Dataset, templates: Sequence[str] = (), needed: bool = True) -> Dataset:
     """The dataset with its labels as texts: every template with the label in place of {}.
 
-    Samples with texts of their own keep them, unless templates are named: these ask for the labels.
+    Samples with texts of their own keep them, unless templates are named: these ask for the labels. Where they are not
+    `needed`, as for samples that only calibrate, samples without labels keep their texts.
 
     Raises:
         DataError: a template without {}, or templates for samples without labels.
     """
     asked = checked_templates(templates, dataset.modality)
     if not all(s.label is not None for s in dataset.samples):
-        if templates:
+        if templates and needed:
             raise DataError(f"{dataset.source}: templates need labels, and not every sample has a 'label'.")
         return dataset
     if not templates and dataset.has_text:

@@ -132,7 +132,7 @@ def prepare(model: str, data: Path, target: Target, out: Path, options: Options,
     if options.calibration is None:
         calibration, evaluation = split(dataset, options.seed)
     else:
-        calibration, evaluation = prompted(read_dataset(options.calibration), options.templates), dataset
+        calibration, evaluation = prompted(read_dataset(options.calibration), options.templates, needed=False), dataset
         check_disjoint(calibration, evaluation)
     torch.set_num_threads(threads_of(options, target.device))
     loaded = load(model, trust_remote_code=options.trust_remote_code)

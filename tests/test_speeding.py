@@ -33,17 +33,19 @@ def test_a_latency_that_is_missed_is_tried_with_a_shorter_context_and_then_with_
     tried = found.result["tries"]
     assert [t["plan"][0] for t in tried] == ["p", "c", "s"]
     assert tried[2]["size"] < tried[1]["size"]
-    steps = found.result["plan"]["steps"]
-    assert {"audio_context", "prune_structure", "distill"} <= {s["technique"] for s in steps}
-    shorter = next(s for s in steps if s["technique"] == "audio_context")
-    assert "positions stay" in shorter["reason"]
-    pruning = next(s for s in steps if s["technique"] == "prune_structure")
-    assert "for the latency" in pruning["reason"] and "60% asked for" in pruning["reason"]
-    # The bundle is whole, answers, and repeats: its plan is applied to the same bytes.
-    plan = read_plan(tmp_path / "out" / "plan.json")
+    # Which of them is nearest is for the clock to say, and this model is too small to be timed; each left its plan.
+    plans = {plan.name: plan for plan in map(read_plan, (tmp_path / "out" / "work").glob("*/*/plan.json"))}
+    plan = plans[tried[2]["plan"]]
+    steps = {step.technique: step for step in plan.steps}
+    assert {"audio_context", "prune_structure", "distill"} <= {*steps}
+    assert "positions stay" in steps["audio_context"].reason
+    pruning = steps["prune_structure"].reason
+    assert "for the latency" in pruning and "60% asked for" in pruning
+    # The bundle is whole, and repeats: its plan is applied to the same bytes.
     again = packlight.apply(str(folder), plan, data, tmp_path / "again", packlight.Options(threads=2))
-    first = {
-        f.name: f.read_bytes() for f in (tmp_path / "out" / "bundle").iterdir() if f.suffix in (".onnx", ".safetensors")
-    }
-    second = {f.name: f.read_bytes() for f in again.iterdir() if f.suffix in (".onnx", ".safetensors")}
-    assert first == second
+    tried_bundle = next((tmp_path / "out" / "work").glob(f"*/{plan.key[:12]}")) / "bundle"
+    assert _content(tried_bundle) == _content(again)
+
+
+def _content(bundle: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in bundle.iterdir() if f.suffix in (".onnx", ".safetensors")}

@@ -288,6 +288,8 @@ def build(run: Run, plan: Plan) -> Built:
     folder = run.work / plan.key[:12]
     judged = divide(run.batches)[1]
     bundle = folder / "bundle"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "plan.json", plan.to_dict())  # of every plan that was tried, not only of the one that is taken
     fresh = load(run.model.source.path, trust_remote_code=run.options.trust_remote_code)
     given = plan_batches(run.model, plan, run.calibration, run.options, run.work, run.progress)
     records = compress_(fresh, plan, given, folder / "waves", _named(run, plan))

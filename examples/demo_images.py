@@ -10,7 +10,14 @@ from pathlib import Path
 
 ROOT = Path("demo/clipart")
 MODEL, DRAWINGS, OUT, SITE = ROOT / "model", ROOT / "drawings", ROOT / "out", ROOT / "site"
-TARGET = ("--language", "en", "--max-size", "10.6MB", "--max-drop", "1pp")  # a tenth of the original's 105.5 MB, or nearly
+TARGET = (
+    "--language",
+    "en",
+    "--max-size",
+    "10.6MB",
+    "--max-drop",
+    "1pp",
+)  # a tenth of the original's 105.5 MB, or nearly
 BIN = Path(sys.executable).parent
 
 

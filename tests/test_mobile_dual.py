@@ -1,8 +1,12 @@
 """The mobile dual encoder: its batch norms fold exactly, it goes the whole road, and training lowers its loss."""
 
+import base64
+import hashlib
+import io
 import json
 import os
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +26,7 @@ from small_dual import TEXT, picture, tokenizer_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "clipart"))
 import data
+import emojis
 import train
 
 STAGES = ((1, 3, 1, 8, 1), (2, 3, 2, 12, 2), (3, 5, 2, 16, 1))
@@ -146,33 +151,70 @@ def test_damaged_weights_are_refused(tmp_path):
 # Training -----------------------------------------------------------------------------------------------------------
 
 
-def planted(tmp_path):
+def planted():
     """40 drawings whose features tell their word."""
-    from transformers import AutoTokenizer
-
-    tokenizer_file(tmp_path)
     names = ["red", "green", "blue", "square", "dot"]
     rows = [{"text": names[i % 5], "title": names[i % 5], "keywords": []} for i in range(40)]
-    noise = np.random.default_rng(0).normal(0, 0.1, (40, 16, 4, 4))
+    draw = np.random.default_rng(0)
     levels = np.eye(16)[[i % 5 for i in range(40)]][:, :, None, None]
-    cached = [(levels + noise).astype(np.float16)]
-    return train.Work(rows, cached, AutoTokenizer.from_pretrained(tmp_path, local_files_only=True))
+    cached = [(levels + draw.normal(0, 0.1, (40, 16, 4, 4))).astype(np.float16) for _ in range(2)]
+    said = torch.from_numpy(draw.normal(0, 1, (5, TEXT["hidden_size"])).astype(np.float32))
+    return train.Work(rows, cached, [said[[i % 5 for i in range(40)]]])
 
 
-def test_training_lowers_the_loss_and_a_seed_gives_the_same_weights(tmp_path, monkeypatch):
+def test_training_lowers_the_loss_and_a_seed_gives_the_same_weights(monkeypatch):
     monkeypatch.setattr(train.views, "CUT", 4)
-    work, recipe, ends = planted(tmp_path), train.Recipe(batch=20, first=30, then=2, rate=1e-2, layers=1), []
+    work, recipe, ends = planted(), train.Recipe(batch=20, first=30, then=2, rate=1e-2, average=0.2), []
     for _ in range(2):
         model = made(3)
+        untrained = train.recall_at_10(model, work)
         losses = train.project(model, work, recipe)
         assert losses[-1] < 0.5 * losses[0]
         before = model.vision_model.head.conv.weight.clone()
         frozen = model.vision_model.blocks[0].project.conv.weight.clone()
-        train.tune(model, work, recipe, lambda i, loss: None)
+        text = {k: v.clone() for k, v in model.text_model.state_dict().items()}
+        assert len(train.tune(model, work, recipe)) == 2
         assert not torch.equal(before, model.vision_model.head.conv.weight)
         assert torch.equal(frozen, model.vision_model.blocks[0].project.conv.weight)
+        assert all(torch.equal(v, text[k]) for k, v in model.text_model.state_dict().items())
+        assert train.recall_at_10(model, work) == 1.0 > untrained
         ends.append(model.state_dict())
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+
+def test_what_is_kept_is_the_running_mean_of_the_weights():
+    work = planted()
+    model, raw = made(3), made(3)
+    train.project(model, work, train.Recipe(batch=20, first=3, rate=1e-2, average=1e-6))
+    train.project(raw, work, train.Recipe(batch=20, first=3, rate=1e-2, average=1.0))
+    start = made(3).visual_projection.weight
+    assert torch.allclose(model.visual_projection.weight, start, atol=1e-5)  # a mean that hardly moves
+    assert not torch.allclose(raw.visual_projection.weight, start, atol=1e-3)
+
+
+def test_emoji_have_words_and_those_without_are_left_out(tmp_path, monkeypatch):
+    def packed(folder, name, files):
+        with tarfile.open(folder / name, "w:gz") as archive:
+            for path, value in files.items():
+                content = json.dumps(value).encode()
+                entry = tarfile.TarInfo(f"package/{path}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+        return base64.b64encode(hashlib.sha512((folder / name).read_bytes()).digest()).decode()
+
+    listed = {"dist/emoji-en-US.json": {"\u2600\ufe0f": ["sun", "bright_day", "sun"]}}
+    pictures = {
+        "icons.json": {"width": 8, "icons": {"sun": {"body": "<circle r='4'/>"}, "rain": {"body": ""}}},
+        "chars.json": {"2600": "sun", "1f327": "rain", "2601": "missing"},
+    }
+    monkeypatch.setattr(emojis, "WORDS", ("words", "1", packed(tmp_path, "words-1.tgz", listed)))
+    monkeypatch.setattr(emojis, "SETS", (("@a/set", "2", packed(tmp_path, "set-2.tgz", pictures)),))
+    (source, svg, words), *rest = emojis.emojis(tmp_path)
+    assert (source, words, rest) == ("set/sun.svg", {"title": "sun", "keywords": ["bright day", "sun"]}, [])
+    assert b'viewBox="0 0 8 8"' in svg and b"<circle r='4'/>" in svg
+    (tmp_path / "set-2.tgz").write_bytes(b"other")
+    with pytest.raises(SystemExit, match="not the archive that npm publishes"):
+        list(emojis.emojis(tmp_path))
 
 
 def test_pairs_with_the_same_words_are_no_wrong_answers():

@@ -1,5 +1,7 @@
 """Open Clip Art as pictures with words: get Debian's package of 7,458 public-domain drawings, render it, divide it.
 
+Emoji of three sets join those that train (`emojis`).
+
 Needs resvg-py (`pip install resvg-py`), which brings its renderer with it.
 """
 
@@ -17,6 +19,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import emojis
 
 PACKAGE = "openclipart-svg"
 DEB = "openclipart-svg_0.18+dfsg-19_all.deb"
@@ -72,8 +77,8 @@ def _from_servers() -> bytes | None:
     return None
 
 
-def drawings(deb: Path) -> Iterator[tuple[str, bytes]]:
-    """(path below the package's folder of drawings, SVG) of every file in it. Links are left out."""
+def drawings(deb: Path) -> Iterator[tuple[str, bytes, None]]:
+    """(path below the package's folder of drawings, SVG, words yet to be read) of every file in it. Links are left out."""
     content = deb.read_bytes()
     place = 8  # an ar archive: a magic of 8 bytes, then headers of 60 with the size at 48
     while place < len(content):
@@ -87,19 +92,23 @@ def drawings(deb: Path) -> Iterator[tuple[str, bytes]]:
             if member.isfile() and member.name.startswith(_SVG) and member.name.endswith(".svg"):
                 opened = tar.extractfile(member)
                 assert opened is not None
-                yield member.name.removeprefix(_SVG), opened.read()
+                yield member.name.removeprefix(_SVG), opened.read(), None
 
 
 # Rendering ----------------------------------------------------------------------------------------------------------
 
 
-def render(item: tuple[str, bytes]) -> tuple[str, bytes, dict[str, Any]] | None:
-    """(source, JPEG, title and keywords) of a drawing on white; None for one that is empty or has no words."""
+def render(item: tuple[str, bytes, dict[str, Any] | None]) -> Row | None:
+    """(source, JPEG, title and keywords) of a drawing on white; None for one that is empty or has no words.
+
+    Args:
+        item: source, SVG, and its words; None for those in the SVG's own metadata.
+    """
     import resvg_py
     from PIL import Image
 
-    source, svg = item
-    words = describe(svg)
+    source, svg, given = item
+    words = describe(svg) if given is None else given
     if words is None:
         return None
     try:
@@ -169,11 +178,12 @@ def words_of(row: Row) -> str:
 
 
 def make(folder: Path, work: Path, workers: int) -> None:
-    """Write `folder/held-out`, `/validation` and `/train`, as `divide` makes them, in the imagefolder layout."""
+    """Write `folder/held-out`, `/validation` and `/train`, as `divide` makes them, and `/emoji`, in the imagefolder layout."""
     with ProcessPoolExecutor(workers) as pool:
+        further = [row for row in pool.map(render, emojis.emojis(work), chunksize=32) if row is not None]
         done = pool.map(render, drawings(package(work)), chunksize=32)
         parts = divide([row for row in done if row is not None])
-    for name, part in parts.items():
+    for name, part in ({"emoji": further} | parts).items():
         save(folder / name, part)
 
 

@@ -15,7 +15,7 @@ from packlight.images import ImageSettings, pixels, read_image
 
 CUT = 12  # blocks that stay as published
 SETTINGS = ImageSettings(224, 224, 0, (224, 224), False, 3, (1 / 128,) * 3, (-127 / 128,) * 3)
-_BATCH = 32
+_BATCH = 8  # what goes through the first blocks then stays in the cache
 
 
 def changed(picture: np.ndarray, draw: np.random.Generator) -> np.ndarray:
@@ -55,7 +55,8 @@ def features(model: MobileDual, files: Sequence[Path], view: int, target: Path) 
             if view:
                 picture = changed(picture, np.random.default_rng((view, i)))
             batch.append(pixels(picture, SETTINGS))
-        x = tower.stem(torch.from_numpy(np.concatenate(batch)))
+        x = torch.from_numpy(np.concatenate(batch)).contiguous(memory_format=torch.channels_last)
+        x = tower.stem(x)
         for block in tower.blocks[:CUT]:
             x = block(x)
         made.append(x.half().numpy())

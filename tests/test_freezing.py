@@ -11,6 +11,7 @@ from packlight.benching import evaluate_one
 from packlight.data import prompted, read_dataset, split
 from packlight.errors import DataError
 from packlight.evaluate import Asked
+from packlight.freezing import prompts_of
 from packlight.scoring import frozen_rate
 from small_dual import save_pictures
 from test_mobile_dual import save
@@ -52,3 +53,10 @@ def test_classes_are_frozen_from_labels_alone(tmp_path):
     assert done.returncode == 2 and "label" in done.stderr and "Traceback" not in done.stderr
     with pytest.raises(DataError, match="label"):
         packlight.fit(str(model), data, packlight.Target(size=10**6), tmp_path / "x", packlight.Options(freeze=True))
+
+
+def test_pictures_with_captions_calibrate_and_bring_no_class(tmp_path):
+    captions = prompted(read_dataset(save_pictures(tmp_path / "captions", 8)), ("a {} dot.",), needed=False)
+    labelled = prompted(read_dataset(save_pictures(tmp_path / "labels", 9, labels=True)), ("a {} dot.",))
+    asked = {(f"a {colour} dot.",): colour for colour in ("blue", "green", "red")}
+    assert prompts_of((captions, labelled)) == asked

@@ -52,9 +52,9 @@ class Recipe:
     first: int = 20
     then: int = 8
     rate: float = 1e-3
-    tune: float = 4e-4
+    tune: float = 2e-4
     decay: float = 0.1
-    dropout: float = 0.5
+    dropout: float = 0.4
     average: float = 0.01
     seed: int = 0
     drawings: int = 0

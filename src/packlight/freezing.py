@@ -79,14 +79,14 @@ def frozen_reply(
     Args:
         whole: an open bundle with both towers.
         out: the frozen bundle's folder.
-        datasets: samples with their labels' prompts as texts.
+        datasets: samples with their labels' prompts as texts; those that have captions alone bring no class.
         templates: what the labels are asked with.
         threads: of the runtime, 0 for all cores.
 
     Returns:
         (picture, prompts of a label) -> the vectors of the picture and of that class, as dual encoders answer.
     """
-    prompts = {s.texts: s.label or "" for dataset in datasets for s in dataset.samples}
+    prompts = prompts_of(datasets)
     labels = sorted(set(prompts.values()))
     if not is_bundle(out):
         freeze(whole, labels, out, templates)
@@ -102,6 +102,11 @@ def frozen_reply(
         return [encoder.embed_content(content).tolist(), own.tolist()]
 
     return reply
+
+
+def prompts_of(datasets: Sequence[Dataset]) -> dict[tuple[str, ...], str]:
+    """The label that each set of prompts asks for, of all samples that are known by their label alone."""
+    return {s.texts: s.label for dataset in datasets for s in dataset.samples if s.label is not None and s.text is None}
 
 
 def rounded(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -219,9 +219,9 @@ def trained(small: Model, parts: tuple[Part, Part], recipe: Recipe, name: str, w
 
 def design(teacher: Model, files: list[Path], recipe: Recipe) -> Model:
     """The student before training: as its budget says, chosen on a few pictures."""
-    batch = {"pixel_values": torch.cat([teacher.settings["processor"](read_image(f)) for f in files[:_CHOSEN]])}
+    seen = [teacher.settings["processor"](read_image(f))["pixel_values"] for f in files[:_CHOSEN]]
     wanted = {"share": recipe.share, **({"size": recipe.size} if recipe.size else {})}
-    return student(teacher, {"vision": wanted}, [batch])
+    return student(teacher, {"vision": wanted}, [{"pixel_values": torch.cat(seen)}])
 
 
 def save(small: Model, teacher: Model, folder: Path) -> None:

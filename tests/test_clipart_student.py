@@ -1,0 +1,44 @@
+"""The clip art student: its command runs from a folder to a model that packlight reads, and goes on where it was."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+import packlight
+from small_dual import save_pictures
+from test_mobile_dual import save
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "clipart"))
+import student
+
+
+def test_the_command_trains_both_students_and_writes_them(tmp_path, monkeypatch, capsys):
+    model = save(tmp_path / "model", side=64)
+    for name, count in (("train", 12), ("validation", 6), ("held-out", 6)):
+        save_pictures(tmp_path / "drawings" / name, count)
+        file = tmp_path / "drawings" / name / "metadata.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text(
+            "".join(
+                json.dumps({"file_name": r["file_name"], "text": r["texts"][0], "title": "x", "keywords": ["y"]}) + "\n"
+                for r in rows
+            )
+        )
+    command = ["student.py", str(model), str(tmp_path / "drawings"), "-o", str(tmp_path / "half")]
+    settings = ["--batch", "4", "--epochs", "2", "--frozen", "1", "--size", "64"]
+    for again in (False, True):  # the second run finds everything done
+        monkeypatch.setattr(sys, "argv", [*command, *settings])
+        assert student.main() == 0
+        found = json.loads((tmp_path / "half" / "student.json").read_text())
+        assert {"teacher", "inherited", "taught", "alone"} <= {*found} and found["share"] <= 0.5
+        said = capsys.readouterr().out
+        assert ("taught, epoch 2" in said) is not again
+    original = packlight.load(str(model))
+    taught, alone = (packlight.load(str(tmp_path / "half" / f"{n}-model")) for n in ("taught", "alone"))
+    parts = [{k: v for k, v in m.module.state_dict().items() if "vision_model" in k} for m in (original, taught, alone)]
+    assert sum(v.numel() for v in parts[1].values()) < sum(v.numel() for v in parts[0].values())
+    assert any((v != parts[2][k]).any() for k, v in parts[1].items())  # what they learned differs

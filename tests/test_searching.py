@@ -19,7 +19,11 @@ BESIDE = 5
 
 
 def tried(
-    plans: list[Plan], misses: dict[str, list[str]], size: int | None = None, derived: tuple[str, ...] = ()
+    plans: list[Plan],
+    misses: dict[str, list[str]],
+    size: int | None = None,
+    derived: tuple[str, ...] = (),
+    guess: int = 0,
 ) -> list[str]:
     """Names of the plans that a search tries when these miss something; others meet the target."""
 
@@ -29,7 +33,7 @@ def tried(
     def attempt(one: Plan) -> dict[str, object]:
         return {"plan": one.name, "size": int(one.expected["bytes"]) + BESIDE, "missed": misses.get(one.name, [])}
 
-    found, beside = search(list(plans), attempt, derive, Target(size=size, drop=0.01), 0)
+    found, beside = search(list(plans), attempt, derive, Target(size=size, drop=0.01), guess)
     assert beside == BESIDE
     return [str(o["plan"]) for o in found]
 
@@ -41,6 +45,14 @@ def test_the_largest_that_fits_comes_first() -> None:
 
 def test_one_that_turns_out_too_large_gives_way_to_the_next_smaller() -> None:
     assert tried(FRONT, {"p02": ["size"]}, size=20) == ["p02", "p01"]
+
+
+def test_room_that_the_first_plan_left_is_used_before_lessons() -> None:
+    """What lies beside the weights was thought to be larger than it is."""
+    missed = {"p01": ["drop"]}
+    assert tried(FRONT, missed, size=26, derived=("t",), guess=12) == ["p01", "p02"]
+    assert tried(FRONT, {**missed, "p02": ["drop"]}, size=26, derived=("t",), guess=12) == ["p01", "p02", "t02"]
+    assert tried(FRONT, {}, size=26, guess=12) == ["p01"]  # it meets the target: nothing more is asked
 
 
 def test_a_missed_latency_asks_for_a_shorter_context_then_for_fewer_operations() -> None:

@@ -180,3 +180,24 @@ def token_use(logits: Iterable[Tensor], read: Iterable[Tensor]) -> Tensor:
         total = total + (p * (1 - p)).sum(0) + _READ * torch.bincount(ids.flatten(), minlength=p.shape[-1])
         count += len(p)
     return total / max(count, 1) + _UNSEEN
+
+
+_ONCE_MORE = 0.3  # readings that every token is given beside those seen: calibration meets few of them
+
+
+def read_use(read: Iterable[Tensor], rows: int) -> Tensor:
+    """How often each row of a table is looked up, of one that no head is tied to: Lidstone's estimate.
+
+    An error in a row counts each time that its token is read, so the mean over a text weighs it by that.
+
+    Args:
+        read: the ids that each batch read, of any shape.
+        rows: of the table.
+
+    Returns:
+        [rows] float64, above 0, with the sum 1.
+    """
+    count = torch.full((rows,), _ONCE_MORE, dtype=torch.float64)
+    for ids in read:
+        count += torch.bincount(ids.flatten(), minlength=rows)
+    return count / count.sum()

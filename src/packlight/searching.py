@@ -47,7 +47,10 @@ def search(
         fits = [p for p in left if target.size is None or p.expected["bytes"] + overhead <= target.size]
         return sorted(fits, key=lambda p: -p.expected["bytes"])
 
-    # The best quality that fits. Where it is too slow, that with a shorter context, and then with fewer operations; where
+    def larger(plan: Plan, than: Plan) -> bool:
+        return target.size is not None and bool(plan.expected["bytes"] > than.expected["bytes"])
+
+    # The best quality that fits; a larger one where the first left room. Where it is too slow, that with a shorter context, and then with fewer operations; where
     # only the drop is missed, that taught by the original; then slower plans that lose less; last the next smaller.
     kinds = ["p", "c", "s", "t", "f", "f", "p"]
     missed, last = ["latency"], plans[0]
@@ -64,7 +67,8 @@ def search(
                 return list(tried.values()), overhead
         elif tried and kind == "t" and "drop" not in missed:
             break  # every plan that is left is larger or slower
-        if not left or "size" not in missed:  # what turned out too large gives way to the next smaller
+        roomy = missed == ["drop"] and kind not in _MENDED and any(larger(p, last) for p in fitting(kind))
+        if not left or not ("size" in missed or roomy):  # what turned out too large gives way to the next smaller
             kinds.pop(0)
     if tried and set(missed) <= {"latency", "memory"}:
         return list(tried.values()), overhead

@@ -17,7 +17,7 @@ from packlight.context import AudioContext
 from packlight.families import Batch, Part
 from packlight.layers import ACTIVATIONS
 from packlight.model import Model
-from packlight.observe import grams, token_use
+from packlight.observe import grams, read_use, token_use
 from packlight.plan import append_line, read_lines
 from packlight.tables import TECHNIQUES
 from packlight.windows import is_matrix, matrix, unmatrix
@@ -71,7 +71,9 @@ def measure_grams(model: Model, batches: Sequence[Batch], progress: Progress | N
         if not model.family.tied:
             for _ in logits():
                 pass
-            return sums
+            ids = [b[model.family.reads] for b in batches]
+            tables = {p: model.module.get_submodule(p).weight for p in model.family.tables}
+            return {**sums, **{f"{path}.use": read_use(ids, len(w)) for path, w in tables.items()}}
         use = token_use(logits(), [b[model.family.reads] for b in batches])
     return {**sums, **{f"{table}.use": use for table, _ in model.family.tied}}
 
@@ -85,7 +87,8 @@ def settings(model: Model, part: str, rate: float | None) -> dict[str, Any]:
         return {"rate": None}
     first = next(p for p in model.family.parts if p.name == part).tower == model.family.towers[0].name
     found = {"rate": rate, "columns": True, "damp": 0.002 if first else 0.01}
-    return found | ({"use": 0.25} if _is_table(model, part) else {})
+    tables = {p.name for table in model.family.token_tables if (p := model.family.part_of(table)) is not None}
+    return found | ({"use": 0.25} if part in tables else {})
 
 
 def sensitivity(

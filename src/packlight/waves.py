@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from packlight.families import Batch, Tower
 from packlight.model import Model
-from packlight.observe import grams, ranges, token_use
+from packlight.observe import grams, ranges, read_use, token_use
 from packlight.windows import is_matrix
 
 Measure = Callable[[], dict[str, Tensor]]
@@ -101,7 +101,14 @@ class _Watched:
 def _measure_front(model: Model, batches: Sequence[Batch], tower: Tower, watched: _Watched) -> dict[str, Tensor]:
     with watched.open(model.module) as sums:
         _calls_of_block(model, batches, tower, 0)
-    return sums
+    return {**sums, **_looked_up(model, batches, watched.paths)}
+
+
+def _looked_up(model: Model, batches: Sequence[Batch], paths: Sequence[str]) -> dict[str, Tensor]:
+    """What `read_use` says of the token tables among the layers that no head is tied to."""
+    tables = {p: model.module.get_submodule(p) for p in model.family.tables if p in paths and batches}
+    ids = [b[model.family.reads] for b in batches]
+    return {f"{path}.use": read_use(ids, table.weight.shape[0]) for path, table in tables.items()}
 
 
 def _measure_rear(model: Model, batches: Sequence[Batch], watched: _Watched) -> dict[str, Tensor]:

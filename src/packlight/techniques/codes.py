@@ -64,8 +64,10 @@ def feedback(weight: Tensor, gram: Tensor | None, config: CodesConfig, use: Tens
     """Codes in GPTQ order: the error of each column is made good by those not yet rounded.
 
     A layer without a Gram matrix is a table that is only looked up: its inputs are one-hot, so their Gram matrix is
-    diagonal, and feedback is the same as rounding to nearest.
+    diagonal, and feedback is the same as rounding to nearest; rows may still have steps by how often they are used.
     """
+    if gram is None and use is not None and config.use and config.columns and config.rate is not None:
+        gram = torch.eye(weight.shape[1])
     if gram is None:
         grid = channel_grid(weight, config.rate)
         return _compressed(grid, grid.codes(weight), config)

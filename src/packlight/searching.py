@@ -47,9 +47,6 @@ def search(
         fits = [p for p in left if target.size is None or p.expected["bytes"] + overhead <= target.size]
         return sorted(fits, key=lambda p: -p.expected["bytes"])
 
-    def larger(plan: Plan, than: Plan) -> bool:
-        return target.size is not None and bool(plan.expected["bytes"] > than.expected["bytes"])
-
     # The best quality that fits; a larger one where the first left room. Where it is too slow, that with a shorter context, and then with fewer operations; where
     # only the drop is missed, that taught by the original; then slower plans that lose less; last the next smaller.
     kinds = ["p", "c", "s", "t", "f", "f", "p"]
@@ -67,13 +64,17 @@ def search(
                 return list(tried.values()), overhead
         elif tried and kind == "t" and "drop" not in missed:
             break  # every plan that is left is larger or slower
-        roomy = missed == ["drop"] and kind not in _MENDED and any(larger(p, last) for p in fitting(kind))
+        roomy = missed == ["drop"] and kind not in _MENDED and _larger(fitting(kind), last)
         if not left or not ("size" in missed or roomy):  # what turned out too large gives way to the next smaller
             kinds.pop(0)
     if tried and set(missed) <= {"latency", "memory"}:
         return list(tried.values()), overhead
     _least(plans, run, lambda: len(tried) < TRIES)
     return list(tried.values()), overhead
+
+
+def _larger(plans: list[Plan], than: Plan) -> bool:
+    return any(p.expected["bytes"] > than.expected["bytes"] for p in plans)
 
 
 def _least(plans: list[Plan], run: Callable[[Plan], Outcome], more: Callable[[], bool]) -> None:

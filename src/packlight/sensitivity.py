@@ -71,9 +71,8 @@ def measure_grams(model: Model, batches: Sequence[Batch], progress: Progress | N
         if not model.family.tied:
             for _ in logits():
                 pass
-            ids = [b[model.family.reads] for b in batches]
-            tables = {p: model.module.get_submodule(p).weight for p in model.family.tables}
-            return {**sums, **{f"{path}.use": read_use(ids, len(w)) for path, w in tables.items()}}
+            ids, tables = [b[model.family.reads] for b in batches], model.family.tables
+            return {**sums, **{f"{t}.use": read_use(ids, model.layers()[t].num_embeddings) for t in tables}}
         use = token_use(logits(), [b[model.family.reads] for b in batches])
     return {**sums, **{f"{table}.use": use for table, _ in model.family.tied}}
 

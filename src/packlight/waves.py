@@ -106,9 +106,9 @@ def _measure_front(model: Model, batches: Sequence[Batch], tower: Tower, watched
 
 def _looked_up(model: Model, batches: Sequence[Batch], paths: Sequence[str]) -> dict[str, Tensor]:
     """What `read_use` says of the token tables among the layers that no head is tied to."""
-    tables = {p: model.module.get_submodule(p) for p in model.family.tables if p in paths and batches}
+    tables = [p for p in model.family.tables if p in paths and batches]
     ids = [b[model.family.reads] for b in batches]
-    return {f"{path}.use": read_use(ids, table.weight.shape[0]) for path, table in tables.items()}
+    return {f"{path}.use": read_use(ids, model.layers()[path].num_embeddings) for path in tables}  # type: ignore[arg-type]
 
 
 def _measure_rear(model: Model, batches: Sequence[Batch], watched: _Watched) -> dict[str, Tensor]:

@@ -139,7 +139,7 @@ def test_every_command_of_the_page_runs(road):
 
 
 def test_frozen_classes_rank_as_the_bundle_that_they_were_taken_from(road, tmp_path):
-    _, _, out, _ = road
+    model, _, out, _ = road
     labels = ("red", "green", "blue", "dark square")
     whole = packlight.open_served(out / "bundle")
     made = freeze(whole, labels, tmp_path / "frozen", ("a photo of the {}", "{}"))
@@ -158,6 +158,10 @@ def test_frozen_classes_rank_as_the_bundle_that_they_were_taken_from(road, tmp_p
     labelled = save_pictures(tmp_path / "labels", 9, labels=True)
     found = evaluate_one(str(made.path), labelled, Asked())
     assert found["metric"] == "top-1 error" and 0 <= found["value"] <= 1
+    timed = bench_bundle(
+        made.path, labelled, str(model), Asked(threads=1)
+    )  # one tower against the same of the original
+    assert timed["pair"]["samples"] == 9 and timed["against"]["latency"] > 0
     with pytest.raises(DataError, match="different labels"):
         freeze(whole, ("red", "red"), tmp_path / "twice")
     with pytest.raises(BundleError, match="no text tower"):

@@ -50,6 +50,7 @@ def main() -> int:
     print(f"\nWhat was said:     {first['text']}\nWhat it wrote:     ", end="", flush=True)
     status = packlight("run", OUT / "bundle", SPEECH / first["file_name"])
     print(f"\nOpen the report:   {(OUT / 'report.html').resolve()}")
+    print("Pictures and text: make demo-images")
     return status
 
 

@@ -13,7 +13,7 @@ says dtype, shape and coding of each. docs/reference/bundle.md has the format.
 
 import json
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +31,7 @@ _LEVEL_BITS = 2.5  # that a level takes in the file, about
 _SMALL = 4096  # smaller matrices are not worth their levels
 _CHUNK = 1 << 26  # codes decoded at once
 _PREFIX = "ans/"  # of the names of chunks
+_TABLE, _BLOCK = 1 << 20, 1 << 15  # bytes from which rows are coded in blocks; bytes of a block
 _PIECE = 1 << 18  # bytes, or codes, handled at once
 _EXPANDS = 1032  # bytes that zlib makes of one at most
 _MAX_BYTES = 16 * 2**30  # a header that asks for more than this is damaged or hostile
@@ -48,6 +49,12 @@ def encode(array: Array) -> tuple[bytes, str]:
     Raises:
         BundleError: a dtype that the format does not know.
     """
+    pieces, coding = _encode(array)
+    return b"".join(pieces), coding
+
+
+def _encode(array: Array) -> tuple[list[bytes], str]:
+    """As `encode`; Huffman-coded bytes in pieces of `block_rows` rows, of which each can be decoded alone."""
     if str(array.dtype) not in _DTYPES:
         raise BundleError(f"Can't store an array of {array.dtype}; the format knows {', '.join(_DTYPES)}.")
     raw = np.ascontiguousarray(array).tobytes()
@@ -55,13 +62,24 @@ def encode(array: Array) -> tuple[bytes, str]:
         with np.errstate(over="ignore"):
             half = array.astype(np.float16)
         if np.array_equal(half.astype(np.float32), array):
-            return half.tobytes(), "float16"
+            return [half.tobytes()], "float16"
     if array.dtype in (np.int8, np.uint8) and array.size:
         coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-        coded = coder.compress(raw) + coder.flush()
-        if len(coded) < 0.98 * len(raw):
-            return coded, "huffman"
-    return raw, "raw"
+        step = block_rows(array.shape) * int(np.prod(array.shape[1:]))
+        starts = range(0, len(raw), step)
+        ends = [zlib.Z_FULL_FLUSH] * (len(starts) - 1) + [zlib.Z_FINISH]
+        pieces = [coder.compress(raw[at : at + step]) + coder.flush(end) for at, end in zip(starts, ends, strict=True)]
+        if sum(map(len, pieces)) < 0.98 * len(raw):
+            return pieces, "huffman"
+    return [raw], "raw"
+
+
+def block_rows(shape: Sequence[int]) -> int:
+    """Rows of an array that are Huffman-coded as one block: all but for tables, whose rows are read one by one."""
+    size = int(np.prod(shape, dtype=object))
+    if len(shape) < 2 or size < _TABLE:
+        return int(shape[0]) if shape else 1
+    return max(1, _BLOCK * int(shape[0]) // size)
 
 
 def decode(data: bytes | memoryview, coding: str, dtype: str, shape: tuple[int, ...]) -> Array:
@@ -171,7 +189,10 @@ def write_weights(path: Path, arrays: Mapping[str, Array], groups: Mapping[str, 
             blobs[name] = zlib.compress(b"".join(part.tobytes() for part in shape_of(array)), 9)
             index[name].update(coding="ans", chunk=chunk)
         else:
-            blobs[name], index[name]["coding"] = encode(array)
+            pieces, index[name]["coding"] = _encode(array)
+            blobs[name] = b"".join(pieces)
+            if len(pieces) > 1:
+                index[name]["blocks"] = {"rows": block_rows(array.shape), "bytes": [len(piece) for piece in pieces]}
     for chunk, names in chunks.items():
         blobs[chunk] = _encode_chunk([arrays[n] for n in names])
         index[chunk] = {"dtype": "uint8", "shape": [len(blobs[chunk])], "coding": "chunk"}
@@ -222,9 +243,9 @@ def _decode_chunk(data: bytes, members: list[tuple[str, Array, Array, Array]]) -
             taken = rest[: len(codes) - at]
             codes[at : at + len(taken)] = taken.view(np.int8)
             at, rest = at + len(taken), rest[len(taken) :]
-        codes = codes.reshape(len(rows), len(columns))
-        codes += centres[:, None]
-        yield name, codes
+        array: Array = codes.reshape(len(rows), len(columns))
+        array += centres[:, None]
+        yield name, array
     for _ in pieces:  # none is left; that they end as they should is said at their end
         pass
 

@@ -17,6 +17,7 @@ from packlight.byte_pairs import speller, with_merges
 from packlight.codec import read_weights
 from packlight.errors import BundleError, DataError
 from packlight.images import read_image
+from packlight.rows import rows_of
 from packlight.runtimes.onnx import Opened, open_graphs
 from packlight.serving import dual_encoder
 from packlight.serving.dual_encoder import Encoder
@@ -89,7 +90,10 @@ def open_parts(bundle: Bundle, threads: int, trace: Path | None = None) -> dict[
     if manifest["runtime"] != "onnxruntime":
         raise BundleError(f"{path} is for the runtime {manifest['runtime']!r}, which this packlight does not know.")
     files = {name: path / file for name, file in manifest["graphs"].items()}
-    return open_graphs(files, lambda names: read_weights(path / WEIGHTS, names), threads, trace)
+    weights = path / WEIGHTS
+    return open_graphs(
+        files, lambda names: read_weights(weights, names), threads, trace, lambda names: rows_of(weights, names)
+    )
 
 
 def serve_parts(bundle: Bundle, parts: dict[str, Opened]) -> Served:

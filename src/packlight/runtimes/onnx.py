@@ -82,25 +82,26 @@ def open_graphs(
             )
         readers = rows(needs[name])
         graph, tables = fed(graph, readers.__contains__)
-        graph = unpacked(graph, values) if row_kernel() else graph
+        graph, lying = unpacked(graph, values) if row_kernel() else (graph, [])
         options = _options(threads)
         if trace is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(trace / name)
-        held = [ort.OrtValue.ortvalue_from_numpy(values[w]) for w in needs[name]]
-        options.add_external_initializers(needs[name], held)
+        held = {w: ort.OrtValue.ortvalue_from_numpy(values[w]) for w in needs[name]}
+        fixed = {w: held.pop(w) for w in lying}
+        options.add_external_initializers(list(held), list(held.values()))
         try:
             session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except _failures() as error:
             raise BundleError(
                 f"ONNX Runtime {ort.__version__} can't load {files[name]}: {str(error).splitlines()[0]}"
             ) from None
-        found = _opened(session, {made: readers[table] for made, table in tables.items()})
+        found = _opened(session, {made: readers[table] for made, table in tables.items()}, fixed)
         opened[name] = found if trace is None else replace(found, trace=session.end_profiling)
         later = {w for other in list(needs)[number + 1 :] for w in needs[other]}
         values = {w: value for w, value in values.items() if w in later}
         del options, held
-        _give_back()
+        give_back()
     return opened
 
 
@@ -150,17 +151,17 @@ def _failures() -> tuple[type[Exception], ...]:
     return tuple(e for e in vars(state).values() if isinstance(e, type) and issubclass(e, Exception))
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Return freed memory to the system: the packed copies that the kernels use have replaced what was decoded."""
     with contextlib.suppress(OSError, AttributeError):  # only the GNU C library has it, and only it needs it
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _opened(session: Any, rows: Mapping[str, Rows]) -> Opened:
-    """A session that can be run; `rows` by the name of the input that takes what they read."""
+def _opened(session: Any, rows: Mapping[str, Rows], fixed: Mapping[str, Any]) -> Opened:
+    """A session that can be run; `rows` by the name of the input that takes what they read, inputs that are `fixed`."""
     import onnxruntime as ort
 
-    inputs = tuple(i.name for i in session.get_inputs() if i.name not in rows)
+    inputs = tuple(i.name for i in session.get_inputs() if i.name not in {**rows, **fixed})
     outputs = tuple(o.name for o in session.get_outputs())
 
     def run(feed: Mapping[str, Any]) -> Values:
@@ -168,6 +169,7 @@ def _opened(session: Any, rows: Mapping[str, Rows]) -> Opened:
             ids = feed[IDS] if isinstance(feed[IDS], np.ndarray) else feed[IDS].numpy()
             feed = {**feed, **{name: read(ids.reshape(-1)) for name, read in rows.items()}}
         values = {n: ort.OrtValue.ortvalue_from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in feed.items()}
+        values.update(fixed)
         return dict(zip(outputs, session.run_with_ort_values(outputs, values), strict=True))
 
     return Opened(run, inputs, outputs)

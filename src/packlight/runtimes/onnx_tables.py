@@ -34,12 +34,15 @@ def row_kernel() -> bool:
     return "avx2" in line.split() and "amx_int8" not in line.split()
 
 
-def unpacked(graph: bytes, arrays: Mapping[str, Array]) -> bytes:
-    """The graph with products on the codes of its lookups, not on a packed copy of them; itself where it has none.
+def unpacked(graph: bytes, arrays: Mapping[str, Array]) -> tuple[bytes, list[str]]:
+    """The graph with products on the codes of its lookups, not on a packed copy of them.
 
     Args:
         graph: an ONNX file.
         arrays: its external weights by name, codes int8 [in, out] among them.
+
+    Returns:
+        the graph, and names of the weights that are inputs of it now: what may change from run to run is not packed.
     """
     nodes, tensors, _ = parts_of(graph)
     looked_up = {node.inputs[0] for node in nodes if node.operator == "Gather" and node.inputs}
@@ -63,15 +66,12 @@ def unpacked(graph: bytes, arrays: Mapping[str, Array]) -> bytes:
             Node("Sub", (whole, shift), (made,)),
         )
 
-    added = []
-    for name in sorted({node.inputs[1] for node in nodes if is_shared(node)}):
+    names, added = sorted({node.inputs[1] for node in nodes if is_shared(node)}), []
+    for name in names:
         sums = arrays[name].sum(0, dtype=np.int32)
-        # What is an input as well may change from run to run, so that no kernel packs it.
-        added += [
-            input_of(name, INT8, arrays[name].shape),
-            initializer_of(f"{name}/sums", INT32, sums.shape, sums.tobytes()),
-        ]
-    return changed(graph, split, added) if added else graph
+        added.append(input_of(name, INT8, arrays[name].shape))
+        added.append(initializer_of(f"{name}/sums", INT32, sums.shape, sums.tobytes()))
+    return (changed(graph, split, added, names) if names else graph), names
 
 
 def fed(graph: bytes, has_rows: Callable[[str], bool]) -> tuple[bytes, dict[str, str]]:

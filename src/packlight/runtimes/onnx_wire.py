@@ -5,7 +5,7 @@ NodeProto: input 1, output 2, name 3, op_type 4, attribute 5. AttributeProto: na
 data_type 2, name 8, raw_data 9, data_location 14 (1 = external).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from packlight.errors import BundleError
@@ -155,7 +155,10 @@ def external_names(model: bytes) -> list[str]:
 
 
 def changed(
-    model: bytes, node: Callable[[Node], Iterable[Node] | None], added: Sequence[tuple[int, bytes]] = ()
+    model: bytes,
+    node: Callable[[Node], Iterable[Node] | None],
+    added: Sequence[tuple[int, bytes]] = (),
+    dropped: Collection[str] = (),
 ) -> bytes:
     """The file with other nodes; what is not changed keeps its bytes.
 
@@ -163,15 +166,16 @@ def changed(
         model: an ONNX file.
         node: what each node becomes; None for itself.
         added: further fields of its graph, from `input_of` and `initializer_of`.
+        dropped: names of initializers that are left out.
     """
 
     def inside(graph: Value) -> Iterator[tuple[int, Value | bytes]]:
         for number, value in _inside(graph):
             others = node(_node(value)) if number == _NODE else None
-            if others is None:
-                yield number, value
-            else:
+            if others is not None:
                 yield from ((_NODE, _bytes_of(other)) for other in others)
+            elif number != _INITIALIZER or _tensor(value)[0] not in dropped:
+                yield number, value
         yield from added
 
     whole = fields(memoryview(model))

@@ -90,12 +90,7 @@ def open_graphs(
         held = {w: ort.OrtValue.ortvalue_from_numpy(values[w]) for w in needs[name]}
         fixed = {w: held.pop(w) for w in lying}
         options.add_external_initializers(list(held), list(held.values()))
-        try:
-            session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except _failures() as error:
-            raise BundleError(
-                f"ONNX Runtime {ort.__version__} can't load {files[name]}: {str(error).splitlines()[0]}"
-            ) from None
+        session = _session(graph, options, files[name])
         found = _opened(session, {made: readers[table] for made, table in tables.items()}, fixed)
         opened[name] = found if trace is None else replace(found, trace=session.end_profiling)
         later = {w for other in list(needs)[number + 1 :] for w in needs[other]}
@@ -103,6 +98,16 @@ def open_graphs(
         del options, held
         give_back()
     return opened
+
+
+def _session(graph: bytes, options: Any, file: Path) -> Any:
+    import onnxruntime as ort
+
+    try:
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except _failures() as error:
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"ONNX Runtime {ort.__version__} can't load {file}: {reason}") from None
 
 
 def _options(threads: int) -> Any:

@@ -86,3 +86,9 @@ def test_other_texts_are_no_spellers_or_said_to_be_damaged(text: str) -> None:
             with_merges(text)
     else:
         assert speller(text) is None
+
+
+def test_numbers_far_beyond_the_tokens_are_refused() -> None:
+    known = {"decoder": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": {"a": 0, "b": 10**12}}}
+    with pytest.raises(ValueError, match="far beyond"):
+        speller(json.dumps(known))

@@ -1,6 +1,7 @@
 """Arrays to bytes and back: without loss, near the entropy, and refused when damaged or hostile."""
 
 import json
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -197,6 +198,25 @@ def test_groups_are_decoded_each_for_itself(tmp_path: Path) -> None:
         found = dict(read_weights(tmp_path / "w", wanted))
         assert sorted(found) == sorted(set(wanted) & set(arrays))
         assert all(np.array_equal(found[n], arrays[n]) for n in found)
+
+
+def test_an_array_keeps_no_other_in_memory(tmp_path: Path) -> None:
+    write_weights(tmp_path / "w", {"a": matrix(seed=1), "b": matrix(seed=2)})
+    for _, array in read_weights(tmp_path / "w"):
+        owner = array if array.base is None else array.base
+        assert owner.nbytes == array.nbytes  # not a view of the chunk that both were coded in
+
+
+def test_a_chunk_is_decoded_without_its_tables(tmp_path: Path) -> None:
+    codes = matrix(3000, 2000)
+    write_weights(tmp_path / "w", {"w": codes})
+    tracemalloc.start()
+    back = dict(read_weights(tmp_path / "w"))["w"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(back, codes)
+    # The codes, the coded bytes twice while they are joined, tables of probabilities and pieces of the stream.
+    assert peak < codes.nbytes + 2 * (tmp_path / "w").stat().st_size + 8_000_000
 
 
 def test_a_damaged_chunk_is_refused(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from packlight.model import Model, Source
 from packlight.observe import grams
 from packlight.plan import Plan, Step
 from packlight.quant import LIMIT, distortion
-from packlight.runtimes.onnx import external_names, open_graphs
+from packlight.runtimes.onnx import open_graphs
 from packlight.runtimes.onnx_export import export
+from packlight.runtimes.onnx_wire import external_names
 from packlight.windows import matrix
 
 REST = Step("float16")

@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "metrics",
         "retrieval",
     ),
-    ("patches",),
+    ("patches", "rows"),
     ("quant", "vocabulary", "vocabulary_*", "families", "families.*", "packing", "windows"),
     ("convolutions", "static", "designing"),
     ("structure", "pruning"),

@@ -16,7 +16,7 @@ from packlight import web_runtime
 from packlight.codec import read_weights
 from packlight.errors import BundleError, DataError, RuntimeMissing
 from packlight.freezing import freeze
-from packlight.runtimes.onnx import external_names
+from packlight.runtimes.onnx_wire import external_names
 from packlight.serve import open_served
 from packlight.web import Page, packed_vectors, write_site
 from packlight.web_runtime import SCRIPT, WASM, runtime_files

@@ -13,9 +13,9 @@ says dtype, shape and coding of each. docs/reference/bundle.md has the format.
 
 import json
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -31,6 +31,9 @@ _LEVEL_BITS = 2.5  # that a level takes in the file, about
 _SMALL = 4096  # smaller matrices are not worth their levels
 _CHUNK = 1 << 26  # codes decoded at once
 _PREFIX = "ans/"  # of the names of chunks
+_TABLE, _BLOCK = 1 << 20, 1 << 15  # bytes from which rows are coded in blocks; bytes of a block
+_PIECE = 1 << 18  # bytes, or codes, handled at once
+_EXPANDS = 1032  # bytes that zlib makes of one at most
 _MAX_BYTES = 16 * 2**30  # a header that asks for more than this is damaged or hostile
 
 
@@ -46,6 +49,12 @@ def encode(array: Array) -> tuple[bytes, str]:
     Raises:
         BundleError: a dtype that the format does not know.
     """
+    pieces, coding = _encode(array)
+    return b"".join(pieces), coding
+
+
+def _encode(array: Array) -> tuple[list[bytes], str]:
+    """As `encode`; Huffman-coded bytes in pieces of `block_rows` rows, of which each can be decoded alone."""
     if str(array.dtype) not in _DTYPES:
         raise BundleError(f"Can't store an array of {array.dtype}; the format knows {', '.join(_DTYPES)}.")
     raw = np.ascontiguousarray(array).tobytes()
@@ -53,13 +62,24 @@ def encode(array: Array) -> tuple[bytes, str]:
         with np.errstate(over="ignore"):
             half = array.astype(np.float16)
         if np.array_equal(half.astype(np.float32), array):
-            return half.tobytes(), "float16"
+            return [half.tobytes()], "float16"
     if array.dtype in (np.int8, np.uint8) and array.size:
         coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-        coded = coder.compress(raw) + coder.flush()
-        if len(coded) < 0.98 * len(raw):
-            return coded, "huffman"
-    return raw, "raw"
+        step = block_rows(array.shape) * int(np.prod(array.shape[1:]))
+        starts = range(0, len(raw), step)
+        ends = [zlib.Z_FULL_FLUSH] * (len(starts) - 1) + [zlib.Z_FINISH]
+        pieces = [coder.compress(raw[at : at + step]) + coder.flush(end) for at, end in zip(starts, ends, strict=True)]
+        if sum(map(len, pieces)) < 0.98 * len(raw):
+            return pieces, "huffman"
+    return [raw], "raw"
+
+
+def block_rows(shape: Sequence[int]) -> int:
+    """Rows of an array that are Huffman-coded as one block: all but for tables, whose rows are read one by one."""
+    size = int(np.prod(shape, dtype=object))
+    if len(shape) < 2 or size < _TABLE:
+        return int(shape[0]) if shape else 1
+    return max(1, _BLOCK * int(shape[0]) // size)
 
 
 def decode(data: bytes | memoryview, coding: str, dtype: str, shape: tuple[int, ...]) -> Array:
@@ -68,6 +88,12 @@ def decode(data: bytes | memoryview, coding: str, dtype: str, shape: tuple[int, 
     Raises:
         BundleError: unknown coding or dtype, or bytes that do not give exactly that shape.
     """
+    return _decode(iter([data]), len(data), {"coding": coding, "dtype": dtype, "shape": list(shape)})
+
+
+def _decode(pieces: Iterator[bytes | memoryview], coded: int, entry: Mapping[str, Any]) -> Array:
+    """The array of an entry of the index, from its coded bytes in pieces."""
+    coding, dtype, shape = entry["coding"], str(entry.get("dtype")), tuple(entry["shape"])
     if dtype not in _DTYPES or any(not isinstance(n, int) or n < 0 for n in shape):
         raise BundleError(f"The weights file names an array of {dtype} {list(shape)}, which the format does not know.")
     if (coding == "float16" and dtype != "float32") or (coding == "huffman" and dtype not in ("int8", "uint8")):
@@ -77,12 +103,12 @@ def decode(data: bytes | memoryview, coding: str, dtype: str, shape: tuple[int, 
     if size > _MAX_BYTES:
         raise BundleError(f"The weights file names an array of {size} bytes; that can't be right.")
     if coding == "huffman":
-        data = _inflate(data, size, -15)
-    elif coding not in ("raw", "float16"):
+        return _inflate(pieces, coded, size, -15).view(dtype).reshape(shape)
+    if coding not in ("raw", "float16"):
         raise BundleError(f"The weights file uses the coding {coding!r}; this packlight knows raw, huffman, float16.")
-    if len(data) != size:
-        raise BundleError(f"Coded weights give {len(data)} bytes where {size} are due; the file is damaged.")
-    array = np.frombuffer(data, dtype=stored).reshape(shape)
+    if coded != size:
+        raise BundleError(f"Coded weights give {coded} bytes where {size} are due; the file is damaged.")
+    array = np.frombuffer(b"".join(pieces), dtype=stored).reshape(shape)
     return array.astype(np.float32) if coding == "float16" else array
 
 
@@ -163,7 +189,10 @@ def write_weights(path: Path, arrays: Mapping[str, Array], groups: Mapping[str, 
             blobs[name] = zlib.compress(b"".join(part.tobytes() for part in shape_of(array)), 9)
             index[name].update(coding="ans", chunk=chunk)
         else:
-            blobs[name], index[name]["coding"] = encode(array)
+            pieces, index[name]["coding"] = _encode(array)
+            blobs[name] = b"".join(pieces)
+            if len(pieces) > 1:
+                index[name]["blocks"] = {"rows": block_rows(array.shape), "bytes": [len(piece) for piece in pieces]}
     for chunk, names in chunks.items():
         blobs[chunk] = _encode_chunk([arrays[n] for n in names])
         index[chunk] = {"dtype": "uint8", "shape": [len(blobs[chunk])], "coding": "chunk"}
@@ -193,46 +222,73 @@ def _encode_chunk(arrays: list[Array]) -> bytes:
     return len(head).to_bytes(4, "little") + head + rans.encode(symbols, tables, freq)
 
 
-def _decode_chunk(data: memoryview, members: list[tuple[str, tuple[int, ...], memoryview]]) -> dict[str, Array]:
-    """The arrays of a chunk: (name, shape, coded centres and levels) in the order in which they were written."""
-    found, at = {}, 0
-    shapes = [_read_shape(shape, coded) for _, shape, coded in members]
-    tables = np.concatenate([tables_of(rows, columns).reshape(-1) for _, rows, columns in shapes])
+def _decode_chunk(data: bytes, members: list[tuple[str, Array, Array, Array]]) -> Iterator[tuple[str, Array]]:
+    """The arrays of a chunk one after the other: (name, centres, levels of rows and of columns) in the order of writing.
+
+    Each gets memory of its own: what a runtime keeps of one array would else keep all of them.
+    """
     size = int.from_bytes(data[:4], "little")
-    freq = np.frombuffer(_inflate(data[4 : 4 + size], 512 * _TABLES, 15), "<u2").astype(np.int64).reshape(_TABLES, 256)
+    freq = _inflate([data[4 : 4 + size]], size, 512 * _TABLES, 15).view("<u2").astype(np.int64)
+    freq = freq.reshape(_TABLES, 256)
     if (freq.sum(1) != 1 << rans.BITS).any():
         raise BundleError("The tables of the coded weights are damaged.")
-    codes = rans.decode(data[4 + size :], tables, freq).view(np.int8)
-    for (name, shape, _), (centres, _, _) in zip(members, shapes, strict=True):
-        count = shape[0] * shape[1]
-        found[name] = codes[at : at + count].reshape(shape)
-        found[name] += centres[:, None]
-        at += count
-    return found
+    tables = (piece for _, _, rows, columns in members for piece in _table_pieces(rows, columns))
+    count = sum(len(rows) * len(columns) for _, _, rows, columns in members)
+    pieces = rans.decoded(memoryview(data)[4 + size :], tables, count, freq)
+    rest = np.empty(0, np.uint8)
+    for name, centres, rows, columns in members:
+        codes, at = np.empty(len(rows) * len(columns), np.int8), 0
+        while at < len(codes):
+            rest = rest if len(rest) else next(pieces)
+            taken = rest[: len(codes) - at]
+            codes[at : at + len(taken)] = taken.view(np.int8)
+            at, rest = at + len(taken), rest[len(taken) :]
+        array: Array = codes.reshape(len(rows), len(columns))
+        array += centres[:, None]
+        yield name, array
+    for _ in pieces:  # none is left; that they end as they should is said at their end
+        pass
 
 
-def _read_shape(shape: tuple[int, ...], coded: memoryview) -> tuple[Array, Array, Array]:
+def _table_pieces(rows: Array, columns: Array) -> Iterator[Array]:
+    step = max(1, _PIECE // len(columns))
+    return (tables_of(rows[at : at + step], columns).reshape(-1) for at in range(0, len(rows), step))
+
+
+def _read_shape(shape: tuple[int, ...], coded: bytes) -> tuple[Array, Array, Array]:
     if len(shape) != 2 or min(shape) < 1 or shape[0] * shape[1] > _MAX_BYTES:
         raise BundleError(f"The weights file names a coded matrix of shape {list(shape)}; that can't be right.")
     rows, columns = shape
-    parts = np.frombuffer(_inflate(coded, 2 * rows + columns, 15), np.int8)
+    parts = _inflate([coded], len(coded), 2 * rows + columns, 15).view(np.int8)
     return parts[:rows], parts[rows : 2 * rows], parts[2 * rows :]
 
 
-def _inflate(data: memoryview | bytes, size: int, window: int) -> bytes:
-    """Undo zlib, into exactly that many bytes. Raises BundleError."""
-    coder = zlib.decompressobj(window)
-    try:
-        raw = coder.decompress(data, size + 1)
-    except zlib.error as error:
-        raise BundleError(f"Coded weights are damaged ({error}).") from None
-    if len(raw) != size or not coder.eof or coder.unused_data:
-        raise BundleError("Coded weights end too early or too late; the file is damaged.")
+def _inflate(pieces: Iterable[bytes | memoryview], coded: int, size: int, window: int) -> Array:
+    """Undo zlib on so many coded bytes, into exactly uint8 [size], with no second copy. Raises BundleError."""
+    wrong = "Coded weights end too early or too late; the file is damaged."
+    if size > _EXPANDS * (coded + 1):
+        raise BundleError(wrong)
+    coder, raw, at = zlib.decompressobj(window), np.empty(size, np.uint8), 0
+    for piece in pieces:
+        left: bytes | memoryview = piece
+        while not coder.eof:
+            try:
+                made = coder.decompress(left, _PIECE)
+            except zlib.error as error:
+                raise BundleError(f"Coded weights are damaged ({error}).") from None
+            if at + len(made) > size:
+                raise BundleError(wrong)
+            raw[at : at + len(made)] = np.frombuffer(made, np.uint8)
+            at, left = at + len(made), coder.unconsumed_tail
+            if not made and not left:
+                break
+    if at != size or not coder.eof or coder.unused_data or coder.unconsumed_tail:
+        raise BundleError(wrong)
     return raw
 
 
 def read_weights(path: Path, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Array]]:
-    """Decode a weights file, a chunk or an array at a time.
+    """Decode a weights file, one array at a time: no other array and no whole chunk is held meanwhile.
 
     Args:
         path: of the file.
@@ -241,26 +297,50 @@ def read_weights(path: Path, wanted: Collection[str] | None = None) -> Iterator[
     Raises:
         BundleError: no weights file, or a damaged one.
     """
-    from safetensors import SafetensorError, safe_open
-
+    index, places = open_index(path)
+    names = [n for n, e in sorted(index.items()) if e["coding"] != "chunk" and (wanted is None or n in wanted)]
     try:
-        with safe_open(path, "numpy") as file:
-            index = _index(path, file)
-            names = [n for n, e in sorted(index.items()) if e["coding"] != "chunk" and (wanted is None or n in wanted)]
+        with path.open("rb") as file:
             for name in names:
-                entry = index[name]
-                if entry["coding"] != "ans":
-                    data = file.get_tensor(name).data
-                    yield name, decode(data, entry["coding"], str(entry.get("dtype")), tuple(entry["shape"]))
+                if index[name]["coding"] != "ans":
+                    start, end = places[name]
+                    yield name, _decode(_read(file, start, end), end - start, index[name])
             for chunk in sorted({str(index[n].get("chunk")) for n in names if index[n]["coding"] == "ans"}):
                 if index.get(chunk, {}).get("coding") != "chunk":
                     raise BundleError(f"{path}: the chunk {chunk} is missing.")
                 inside = [n for n, e in sorted(index.items()) if e["coding"] == "ans" and e.get("chunk") == chunk]
-                members = [(n, tuple(index[n]["shape"]), file.get_tensor(n).data) for n in inside]
-                found = _decode_chunk(file.get_tensor(chunk).data, members)
-                yield from ((n, found[n]) for n in inside if n in names)
+                whole = {n: b"".join(_read(file, *places[n])) for n in (chunk, *inside)}
+                members = [(n, *_read_shape(tuple(index[n]["shape"]), whole[n])) for n in inside]
+                yield from ((n, array) for n, array in _decode_chunk(whole.pop(chunk), members) if n in names)
+    except OSError as error:
+        raise BundleError(f"{path} is no readable weights file ({error}).") from None
+
+
+def _read(file: IO[bytes], start: int, end: int) -> Iterator[bytes]:
+    """The bytes of a file from start to end in pieces: mapped into memory, what was read would count until it is closed."""
+    file.seek(start)
+    for at in range(start, end, _PIECE):
+        yield file.read(min(_PIECE, end - at))
+
+
+def open_index(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[int, int]]]:
+    """What a weights file says of each array, and where in the file its bytes begin and end.
+
+    Raises:
+        BundleError: no weights file, or a damaged one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:  # it checks the header: that all places lie in the file, none twice
+            index = _index(path, file)
+        with path.open("rb") as opened:
+            begin = 8 + int.from_bytes(opened.read(8), "little")
+            head = json.loads(opened.read(begin - 8))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise BundleError(f"{path} is no readable weights file ({error}).") from None
+    places = {name: head[name]["data_offsets"] for name in index}
+    return index, {name: (begin + start, begin + end) for name, (start, end) in places.items()}
 
 
 def _index(path: Path, file: Any) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from packlight.bundle import Bundle, is_bundle, write_bundle
 from packlight.codec import read_weights, write_weights
 from packlight.data import Dataset
 from packlight.errors import BundleError, DataError
-from packlight.runtimes.onnx import external_names
+from packlight.runtimes.onnx_wire import external_names
 from packlight.serve import PROTOTYPES, WEIGHTS, Served, open_served
 from packlight.texts import checked_templates
 

@@ -6,6 +6,7 @@ names its table, so codes of different spread do not share one: the tables are t
 know which symbol uses which.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -84,17 +85,48 @@ def decode(data: bytes | memoryview, tables: Array, freq: Array) -> Array:
     Raises:
         BundleError: the data is damaged: too short, too long, or not ending where it began.
     """
-    count = len(tables)
+    return np.concatenate([np.empty(0, np.uint8), *decoded(data, [tables], len(tables), freq)])
+
+
+def decoded(data: bytes | memoryview, tables: Iterable[Array], count: int, freq: Array) -> Iterator[Array]:
+    """Undo `encode` piece by piece, so that neither all tables nor all symbols are in memory at once.
+
+    Args:
+        data: what `encode` gave.
+        tables: the table of each symbol, uint8, in pieces of any length.
+        count: how many symbols there are.
+        freq: as `encode` had it.
+
+    Yields:
+        the symbols in order, uint8, in pieces of other lengths.
+
+    Raises:
+        BundleError: as in `decode`; what is damaged at its end is found at the end.
+    """
     lanes = lanes_for(count)
     if len(data) < 4 * lanes or len(data) % 2:
         raise BundleError("Coded weights are damaged: they are too short.")
     state = np.frombuffer(data, "<u4", lanes).copy()
-    words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint32)
-    lookup, low = _lookup(freq), np.uint32(_MASK)
-    result = np.empty(count, np.uint8)
-    position = 0
-    for at in range(0, count, lanes):
-        active = state[: min(lanes, count - at)]
+    words = np.frombuffer(data, "<u2", offset=4 * lanes)
+    lookup = _lookup(freq)
+    rest, done, position = np.empty(0, np.uint8), 0, 0
+    for piece in tables:
+        rest = np.concatenate([rest, piece]) if len(rest) else piece
+        whole = len(rest) if done + len(rest) == count else len(rest) // lanes * lanes
+        if whole:
+            result, position = _steps(rest[:whole], state, words, position, lookup)
+            rest, done = rest[whole:], done + whole
+            yield result
+    if done != count or position != len(words) or (state != _LOW).any():
+        raise BundleError("Coded weights are damaged: they do not end where they should.")
+
+
+def _steps(tables: Array, state: Array, words: Array, position: int, lookup: Array) -> tuple[Array, int]:
+    """The symbols of whole steps, and how many words are then used; the states of the lanes move on in place."""
+    lanes, low = len(state), np.uint32(_MASK)
+    result = np.empty(len(tables), np.uint8)
+    for at in range(0, len(tables), lanes):
+        active = state[: min(lanes, len(tables) - at)]
         entry = lookup[(tables[at : at + lanes].astype(np.uint32) << np.uint32(BITS)) | (active & low)]
         result[at : at + lanes] = entry >> np.uint32(24)
         active[:] = ((entry >> np.uint32(BITS)) & low) * (active >> np.uint32(BITS)) + (entry & low)
@@ -103,9 +135,7 @@ def decode(data: bytes | memoryview, tables: Array, freq: Array) -> Array:
             raise BundleError("Coded weights are damaged: they end too early.")
         active[hungry] = (active[hungry] << np.uint32(16)) | words[position : position + len(hungry)]
         position += len(hungry)
-    if position != len(words) or (state != _LOW).any():
-        raise BundleError("Coded weights are damaged: they do not end where they should.")
-    return result
+    return result, position
 
 
 def lanes_for(count: int) -> int:

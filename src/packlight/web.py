@@ -24,7 +24,7 @@ from packlight.errors import BundleError, DataError
 from packlight.images import read_image
 from packlight.listing import FILE_KEYS, json_rows
 from packlight.plan import write_json
-from packlight.runtimes.onnx import external_names
+from packlight.runtimes.onnx_wire import external_names
 from packlight.serve import TOKENIZER, WEIGHTS, Served
 from packlight.target import format_bytes
 from packlight.web_runtime import LICENCE, SCRIPT, WASM, runtime_files

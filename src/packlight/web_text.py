@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from packlight.errors import BundleError
-from packlight.runtimes.onnx import fields
+from packlight.runtimes.onnx_wire import fields, message
 
 # What web_page/tokenizer.js and web_page/models.js can do, with the same ids.
 _NORMALIZERS = (
@@ -96,19 +96,19 @@ def relocated(graph: bytes, places: dict[str, str]) -> bytes:
             (b"offset", b"0"),
             (b"length", size),
         )
-        written = [(13, _message([(1, key), (2, value)])) for key, value in entries]
-        return _message([*((n, v) for n, v in parts if n != 13), *written])
+        written = [(13, message([(1, key), (2, value)])) for key, value in entries]
+        return message([*((n, v) for n, v in parts if n != 13), *written])
 
     def inside(data: memoryview) -> bytes:
-        return _message((n, tensor(_bytes(v)) if n == 5 else v) for n, v in fields(data))
+        return message((n, tensor(_bytes(v)) if n == 5 else v) for n, v in fields(data))
 
     whole = list(fields(memoryview(graph)))
-    if _message(whole) != graph:
+    if message(whole) != graph:
         raise BundleError(
             "The text tower's graph can't be rewritten for the page. Get the bundle again from its source."
         )
     try:
-        return _message((n, inside(_bytes(v)) if n == 7 else v) for n, v in whole)
+        return message((n, inside(_bytes(v)) if n == 7 else v) for n, v in whole)
     except KeyError as error:
         raise BundleError(f"The text tower's graph names the weights {error}, which the bundle lacks.") from None
 
@@ -117,21 +117,3 @@ def _bytes(value: Any) -> memoryview:
     if not isinstance(value, memoryview):
         raise BundleError("A graph file is damaged: a number stands where a message is due.")
     return value
-
-
-def _message(parts: Any) -> bytes:
-    """A protobuf message of integers and byte strings."""
-    return b"".join(
-        _varint(8 * number) + _varint(value)
-        if isinstance(value, int)
-        else _varint(8 * number + 2) + _varint(len(value)) + bytes(value)
-        for number, value in parts
-    )
-
-
-def _varint(value: int) -> bytes:
-    found = bytearray()
-    while value > 127:
-        found.append(value & 127 | 128)
-        value >>= 7
-    return bytes(found + bytes([value]))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packlight.errors import BundleError
-from packlight.runtimes.onnx import fields
+from packlight.runtimes.onnx_wire import fields
 
 _KERNEL = "_kernel_time"
 _CONSTANT_PARTS = ("codes", "scale", "columns", "packed", "zeros", "weight")  # of a layer; equal biases share a name

@@ -43,7 +43,9 @@ def log_mel(audio: np.ndarray, mel_bins: int, frames: int = 3000) -> np.ndarray:
         power[start : start + _BLOCK] = spectrum.real**2 + spectrum.imag**2
     # One product for all frames: on busy cores, threads that wait for each other cost dearly each time.
     logs = np.full((frames, mel_bins), np.log10(_FLOOR), np.float32)
-    logs[:spoken] = np.log10(np.maximum(power @ mel_filters(mel_bins), _FLOOR))
+    mel = power @ mel_filters(mel_bins)
+    del power, windows
+    np.log10(np.maximum(mel, _FLOOR, out=mel), out=logs[:spoken])
     # Single-precision logarithms of the floor differ in their last bit between processors.
     np.maximum(logs, max(logs.max() - _RANGE, np.float32(np.log10(_FLOOR))), out=logs)
     logs += 4.0

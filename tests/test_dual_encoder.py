@@ -114,6 +114,27 @@ def test_a_processor_that_the_device_cannot_repeat_is_refused(folders, tmp_path)
         packlight.load(str(folder))
 
 
+def test_pictures_are_prepared_by_pillow_also_where_torchvision_is_installed(folders, monkeypatch):
+    from transformers.models.auto import image_processing_auto as auto
+
+    from packlight.families.dual_processing import _image_processor
+
+    chosen, pick = [], auto._load_class_with_fallback
+    monkeypatch.setattr(auto, "is_torchvision_available", lambda: True)
+    monkeypatch.setattr(auto, "_load_class_with_fallback", lambda m, b: chosen.append(b) or pick(m, b))
+    assert type(_image_processor(folders["clip"]).original).__name__.endswith("Pil")
+    assert chosen == ["pil"]
+
+
+def test_a_transformers_without_backends_is_asked_for_slow_processors(monkeypatch):
+    from transformers.models.auto import image_processing_auto as auto
+
+    from packlight.families.dual_processing import _by_pillow
+
+    monkeypatch.delattr(auto, "_resolve_backend")
+    assert _by_pillow() == {"use_fast": False}
+
+
 def test_a_tokenizer_json_of_another_model_is_refused(folders, tmp_path):
     import shutil
 

@@ -66,13 +66,21 @@ def _image_processor(folder: Path) -> Callable[[np.ndarray], Tensor]:
     from transformers import AutoImageProcessor
 
     try:
-        made = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        # Where torchvision is installed transformers would take it, and its pixels are not quite Pillow's.
+        made = AutoImageProcessor.from_pretrained(folder, local_files_only=True, **_by_pillow())
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(
             f"{folder} has no picture processor that transformers reads ({reason(error)}). Put the model's "
             "preprocessor_config.json there."
         ) from None
     return _process_by(made)
+
+
+def _by_pillow() -> dict[str, Any]:
+    """What asks transformers for a processor that works with Pillow: `backend` where it knows that, else `use_fast`."""
+    from transformers.models.auto import image_processing_auto
+
+    return {"backend": "pil"} if hasattr(image_processing_auto, "_resolve_backend") else {"use_fast": False}
 
 
 def _process_by(made: Any) -> Callable[[np.ndarray], Tensor]:

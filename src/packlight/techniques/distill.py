@@ -108,6 +108,12 @@ def check_distill(model: Model, config: DistillConfig, scope: Sequence[str]) -> 
     asked = sorted(set(weights(family, config)) & set(wrong))
     if asked:
         raise PlanError(f"distill: the family {family.name} has no loss {', '.join(asked)}. Leave it out.")
+    folded = [t.name for t in family.towers if t.inverted is not None]
+    if "hidden" in weights(family, config) and folded:
+        raise PlanError(
+            f"distill: hidden compares outputs of blocks, and those of a tower of convolutions ({', '.join(folded)}) have "
+            "another shape in every stage and for every side of the pictures. Leave it out; features compares vectors."
+        )
     if "relations" in weights(family, config):
         found = points(family, model.module, model.module, False, True)
         widths = [model.module.get_submodule(p.student).out_features for p in found]

@@ -285,6 +285,9 @@ def _losses(
     def sides(found: dict[str, Tensor]) -> losses.Sides:
         return found["first"], found["second"]
 
+    def same() -> Tensor:
+        return losses.same_words(batch[school.family.reads])
+
     return {
         "kl": lambda: losses.logit_kl(now["logits"], aim["logits"], temperature),
         "hidden": lambda: mean("hidden.", lambda n: losses.hidden_error(now[n], aim[n], maps.get(n))),
@@ -292,8 +295,8 @@ def _losses(
         "words": words,
         "affinity": lambda: losses.affinity_error(sides(now), sides(aim)),
         "features": lambda: losses.feature_error(sides(now), sides(aim)),
-        "interactive": lambda: losses.interactive_error(sides(now), sides(aim), now["scale"]),
-        "contrastive": lambda: losses.contrastive_error(sides(now), now["scale"]),
+        "interactive": lambda: losses.interactive_error(sides(now), sides(aim), now["scale"], same()),
+        "contrastive": lambda: losses.contrastive_error(sides(now), now["scale"], same()),
     }
 
 

@@ -299,3 +299,22 @@ def test_open_refuses_graphs_that_lack_weights_or_are_cut_short(exported: Any, t
     file.write_bytes(data[: len(data) // 2])
     with pytest.raises(BundleError):
         open_graphs({"encoder": file}, lambda names: arrays.items(), 1)
+
+
+def test_a_tower_is_only_said_to_be_idle_after_a_look_at_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    from packlight import compress
+
+    looked: list[Any] = []
+
+    def silent(model: Any, batches: Any) -> list[str]:
+        looked.extend(batches)
+        return [name for name in ("vision", "text") if not any(name in batch for batch in batches)] if batches else []
+
+    monkeypatch.setattr(compress, "silent", silent)
+    model: Any = None
+    some, both, every = {"vision": 1}, {"vision": 1, "text": 1}, {"text": 2}
+    assert compress._unexercised(model, [some, some, both, every]) == []
+    assert looked == [some, some, both]
+    assert compress._unexercised(model, [some, every]) == []
+    assert compress._unexercised(model, [some, some]) == ["text"]
+    assert compress._unexercised(model, []) == []

@@ -327,3 +327,15 @@ def test_what_cannot_be_had_is_refused(folder: Path) -> None:
         check(Plan((STEP, pruning, Step("float16")), family="dual-encoder"), model, "samples")
     with pytest.raises(PlanError, match="needs calibration"):
         check(Plan((STEP, Step("float16")), family="dual-encoder"), model)
+
+
+def test_blocks_of_convolutions_are_not_compared_with_those_of_a_smaller_tower(folder: Path) -> None:
+    model = packlight.load(str(folder))
+    smaller = Step("student_tower", {"size": 32, "depth": 1, "width": 0.5}, ("vision_model.*",))
+    for losses in ({"hidden": 1}, {"features": 1}):
+        plan = Plan((smaller, Step("distill", {"losses": losses}, ("vision_model.*",))), "dual-encoder")
+        if "hidden" in losses:
+            with pytest.raises(PlanError, match="hidden compares outputs of blocks.*Leave it out"):
+                check(plan, model, "given")
+        else:
+            check(plan, model, "given")

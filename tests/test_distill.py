@@ -151,6 +151,20 @@ def test_two_towers_learn_from_two_towers(tmp_path: Path) -> None:
     assert found["after"] < 0.5 * found["before"]
 
 
+def test_a_caption_that_a_batch_has_twice_is_no_wrong_answer(tmp_path: Path) -> None:
+    from packlight.families.dual_encoder import Pair
+    from packlight.techniques.distill import _losses
+
+    model = load(str(save_dual(tmp_path / "model", "clip")))
+    pairs = [Pair(picture(0), ("red dot",)), Pair(picture(0), ("red dot",))]
+    batch = model.family.prepare(model.module, pairs, [], [], model.settings)
+    school = School(model.family, model.module, model.module, model.settings, [batch], [], tmp_path)
+    given, aim = lesson(school, 0)
+    with torch.no_grad():
+        found = _losses(school, given, school.studied(given), aim, (1.0, {}))
+        assert float(found["contrastive"]()) == float(found["interactive"]()) == 0
+
+
 def test_a_plan_distils_before_it_quantizes_and_repeats(original: Any, tmp_path: Path) -> None:
     steps = (Step("distill", {"epochs": 2, "accumulate": 2, "filter": False}, ("*.bias",)),
              Step("audio_context", {"near": 4, "middle": 2, "far": 3}, ("model.encoder.layers.*",)), Step("float16"))  # fmt: skip

@@ -105,3 +105,12 @@ def test_the_interactive_loss_joins_the_student_to_the_other_tower_of_the_teache
     assert float(d.interactive_error((swapped, one), (one, one), 50.0)) == pytest.approx(50, rel=1e-3)
     same = d.interactive_error(sides(1), sides(1), 7.0)
     assert float(same) == pytest.approx(2 * float(d.contrastive_error(sides(1), 7.0)), rel=1e-5)
+
+
+def test_pairs_with_the_same_words_are_no_wrong_answers() -> None:
+    same = d.same_words(torch.tensor([[1, 5, 2], [1, 5, 2], [1, 6, 2]]))
+    assert same.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
+    one = torch.eye(3)[[0, 0, 2]]
+    assert float(d.contrastive_error((one, one), 50.0, same)) < 1e-6
+    assert float(d.interactive_error((one, one), (one, one), 50.0, same)) < 1e-6
+    assert float(d.contrastive_error((one, one), 50.0)) == pytest.approx(math.log(2) * 2 / 3, rel=1e-5)

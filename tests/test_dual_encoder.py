@@ -114,6 +114,27 @@ def test_a_processor_that_the_device_cannot_repeat_is_refused(folders, tmp_path)
         packlight.load(str(folder))
 
 
+def test_pictures_are_prepared_by_pillow_also_where_torchvision_is_installed(folders, monkeypatch):
+    from transformers.models.auto import image_processing_auto as auto
+
+    from packlight.families.dual_processing import _image_processor
+
+    chosen, pick = [], auto._load_class_with_fallback
+    monkeypatch.setattr(auto, "is_torchvision_available", lambda: True)
+    monkeypatch.setattr(auto, "_load_class_with_fallback", lambda m, b: chosen.append(b) or pick(m, b))
+    assert type(_image_processor(folders["clip"]).original).__name__.endswith("Pil")
+    assert chosen == ["pil"]
+
+
+def test_a_transformers_without_backends_is_asked_for_slow_processors(monkeypatch):
+    from transformers.models.auto import image_processing_auto as auto
+
+    from packlight.families.dual_processing import _by_pillow
+
+    monkeypatch.delattr(auto, "_resolve_backend")
+    assert _by_pillow() == {"use_fast": False}
+
+
 def test_a_tokenizer_json_of_another_model_is_refused(folders, tmp_path):
     import shutil
 
@@ -126,6 +147,66 @@ def test_a_tokenizer_json_of_another_model_is_refused(folders, tmp_path):
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ModelError, match="tokenizer"):
         packlight.load(str(folder))
+
+
+def named_siglip(folder):
+    """The folder with a tokenizer of the class that Google's first checkpoints name, which needs SentencePiece."""
+    import json
+
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    values |= {"tokenizer_class": "SiglipTokenizer", "pad_token": {"content": "[PAD]"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize("spiece", [False, True])
+def test_siglips_tokenizer_is_read_from_its_tokenizer_json_without_sentencepiece(tmp_path, monkeypatch, spiece):
+    from transformers import AutoTokenizer
+
+    def refuse(*args, **kwargs):
+        raise ImportError("\nSiglipTokenizer requires the SentencePiece library. Install it")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+    folder = named_siglip(save_model(tmp_path / "model", "siglip"))
+    if spiece:
+        (folder / "spiece.model").write_bytes(b"not read")
+    original, _, device, _ = served(folder, tmp_path / "made", codes=False)
+    assert original.settings["text"] == {"max_tokens": 16, "pad_to": 16, "pad": 0, "canonical": True}
+    ids = original.settings["tokenizer"](["  A red, DOT.", "a red dot"])["input_ids"]
+    assert ids[0].tolist() == ids[1].tolist() == [1, 12, 4, 11, 2] + [0] * 11
+    again = packlight.load(str(tmp_path / "made" / "bundle"))
+    pair = (picture(0), ["A red, DOT!", "blue"])
+    theirs = np.array(original.family.answer(original.module, pair, original.settings))
+    assert np.array(again.family.answer(again.module, pair, again.settings)) == pytest.approx(theirs, abs=3e-3)
+    assert np.array(device.reply(pair)) == pytest.approx(theirs, abs=3e-3)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(
+        ModelError, match=r"\(SiglipTokenizer requires the SentencePiece library\). Put the model's own tok"
+    ):
+        packlight.load(str(folder))
+
+
+def test_a_tokenizer_json_that_does_not_end_texts_as_siglips_does_is_refused(tmp_path):
+    import json
+
+    folder = named_siglip(save_model(tmp_path / "model", "siglip"))
+    values = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(values | {"post_processor": None}))
+    with pytest.raises(ModelError, match="does not end a text"):
+        packlight.load(str(folder))
+
+
+def test_what_makes_a_tokenizer_json_is_named(tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    from packlight.families.pretrained import tokenizer_json
+
+    def refuse(*args, **kwargs):
+        raise ImportError("\nThis needs SentencePiece. Read on\nand on")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(ModelError, match=r"\(This needs SentencePiece\).*pip install sentencepiece protobuf"):
+        tokenizer_json(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["siglip", "vit_bert"])

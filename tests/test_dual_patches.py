@@ -136,3 +136,19 @@ def test_other_settings_and_processors_are_refused(folder, tmp_path):
     file.write_text(json.dumps(values))
     with pytest.raises(ModelError, match="processor"):
         packlight.load(str(copy))
+
+
+def test_a_teacher_is_compared_with_inside_its_towers(folder, tmp_path):
+    from packlight.lessons import School, lesson, points
+
+    model = packlight.load(str(folder))
+    pairs = [Pair(shaped(high, wide), (TEXTS[0],)) for high, wide in SHAPES[:2]]
+    batch = model.family.prepare(model.module, pairs, [], [], model.settings)
+    inside = points(model.family, model.module, model.module, True, True)
+    school = School(model.family, model.module, model.module, model.settings, [batch], inside, tmp_path)
+    given, aim = lesson(school, 0)  # the positions of its patches are a matrix, and none of them is left out
+    with torch.no_grad():
+        now = school.studied(given)
+    assert {n: v.shape for n, v in now.items()} == {n: v.shape for n, v in aim.items()}
+    assert {"hidden.vision.0", "values.vision", "hidden.text.1"} < set(aim)
+    assert torch.allclose(now["hidden.vision.1"], aim["hidden.vision.1"], atol=2e-3)

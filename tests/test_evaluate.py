@@ -149,3 +149,32 @@ def test_measure_and_bench_ask_for_the_language_and_task(multilingual: tuple[Pat
     assert (found["language"], found["task"]) == ("zh", "translate")  # the bundle's own
     with pytest.raises(PacklightError, match="^The model does not know the task 'sing'"):
         bench_bundle(bundle, data, str(model), Asked("zh", "sing", 1))
+
+
+def test_answers_are_kept_by_content_and_texts(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from packlight.evaluate import answers
+    from packlight.families import whisper
+
+    def with_texts(*texts: tuple[str, ...]):
+        return replace(data, samples=tuple(replace(s, texts=t) for s, t in zip(data.samples, texts, strict=True)))
+
+    data, made = planted("one", "one"), []  # the same content under two names
+    kept = tmp_path / "kept.jsonl"
+
+    def read(path: Path, texts: tuple[str, ...]) -> tuple[str, ...]:
+        return texts
+
+    def answer(texts: tuple[str, ...]) -> list[list[float]]:
+        made.append(texts)
+        return [[float(len(t))] for t in ("picture", *texts)]
+
+    asked = with_texts(("a", "bb"), ("ccc",))
+    first = answers(asked, answer, kept, "", open_input=read)
+    assert first == [[[7.0], [1.0], [2.0]], [[7.0], [3.0]]]
+    assert answers(asked, answer, kept, "", open_input=read) == first and made == [("a", "bb"), ("ccc",)]
+    # Speech is kept by the recording alone, whatever was said in it, as in the work folders that are there.
+    kept.write_text(json.dumps({"id": "s0", "sha256": data.samples[0].sha256, "tokens": [5]}) + "\n")
+    assert answers(asked, answer, kept, "", open_input=whisper.FAMILY.open_input) == [[5], [5]]
+    assert answers(data, answer, kept, "", open_input=read) == [[5], [5]]
+    assert len(made) == 2

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,3 +61,29 @@ def test_pictures_with_captions_calibrate_and_bring_no_class(tmp_path):
     labelled = prompted(read_dataset(save_pictures(tmp_path / "labels", 9, labels=True)), ("a {} dot.",))
     asked = {(f"a {colour} dot.",): colour for colour in ("blue", "green", "red")}
     assert prompts_of((captions, labelled)) == asked
+
+
+def encoder_of(classes):
+    """As much of an open bundle as a question is checked against."""
+    encoder = SimpleNamespace(settings=SimpleNamespace(kind="image"), classes=classes)
+    manifest = {"task": "image-text" if classes is None else "image-classes"}
+    return SimpleNamespace(encoder=encoder, bundle=SimpleNamespace(manifest=manifest))
+
+
+@pytest.mark.parametrize("command", ["eval", "run"])
+def test_a_template_that_would_be_ignored_is_refused(tmp_path, monkeypatch, capsys, command):
+    from packlight import benching, bundle, cli, serve
+
+    data = save_pictures(tmp_path / "labels", 2, labels=True)
+    frozen = command == "eval"
+    for module in (benching, serve):
+        monkeypatch.setattr(module, "open_served", lambda *a: encoder_of([[1.0]] if frozen else None))
+    for module in (benching, bundle):
+        monkeypatch.setattr(module, "is_bundle", lambda path: True)
+    asked = ["--data", data] if frozen else ["words", "--images", data]
+    monkeypatch.setattr(sys, "argv", ["packlight", command, "B", *map(str, asked), "--template", "a {} dot."])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "eave" in said and ("frozen with the texts" if frozen else "--template is for --labels") in said

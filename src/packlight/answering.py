@@ -71,6 +71,8 @@ def ask(served: Served, question: Question) -> Iterator[Found]:
             f'This bundle compares {kind} and texts: name {option} DIR, and either words to look for ("a red car") or '
             "--labels cat,dog to sort them."
         )
+    if question.templates and not question.labels:
+        raise DataError("--template is for --labels; words to look for are asked as they are. Leave --template out.")
     return _classify(served, question) if question.labels else _search(served, question)
 
 

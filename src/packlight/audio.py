@@ -7,7 +7,7 @@ its result and little more.
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,11 @@ def read_audio(path: Path, rate: int = RATE) -> np.ndarray:
     if not result.size:
         raise DataError(f"{path} is too short: nothing is left of its {frames} samples at {rate} Hz.")
     return np.clip(result, -1.0, 1.0, out=result)
+
+
+def open_audio(path: Path, texts: Sequence[str]) -> np.ndarray:
+    """The input that a sample is for a model of speech, whatever was said in it. Raises as `read_audio`."""
+    return read_audio(path)
 
 
 def audio_seconds(path: Path) -> float:

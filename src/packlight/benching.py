@@ -210,6 +210,10 @@ class _One:
 def _of_bundle(name: str, asked: Asked) -> _One:
     served = open_served(Path(name), asked.threads)
     task = served.bundle.manifest["task"]
+    if asked.templates and served.encoder is not None and served.encoder.classes is not None:
+        raise DataError(
+            f"{name} was frozen with the texts of its classes in it, so --template would do nothing. Leave it out."
+        )
     kind = "audio" if served.encoder is None else served.encoder.settings.kind
 
     def reply(content: Any) -> tuple[list[Any], str | None]:

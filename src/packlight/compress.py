@@ -175,7 +175,7 @@ def compress_(
     need = any(a.needs_gram for a in found.values())
     tied = {head: table for table, head in model.family.tied if _is_tied(model.module, table, head)}
     with torch.inference_mode(False), torch.no_grad():
-        for tower in silent(model, batches[:1] if need else []):
+        for tower in _unexercised(model, batches if need else []):
             log.warning(
                 "Calibration has not exercised the %s tower: its weights are rounded without error feedback. Give "
                 "samples for every tower, pictures or sounds with texts.",
@@ -190,6 +190,17 @@ def compress_(
             tune_(model, teacher, batches, tuning, work / "tuning", progress)
         _round_floats(model, plan)
     return records
+
+
+def _unexercised(model: Model, batches: Sequence[Batch]) -> list[str]:
+    """Names of the towers that no batch runs; it looks no further than the batch with which all have been."""
+    left = silent(model, batches[:1])
+    for batch in batches[1:]:
+        if not left:
+            break
+        still = silent(model, [batch])
+        left = [name for name in left if name in still]
+    return left
 
 
 def _moved(model: Model, found: dict[str, Assignment]) -> dict[str, Assignment]:

@@ -141,17 +141,40 @@ def feature_error(student: Sides, teacher: Sides, maps: Sequence[Tensor | None] 
     )
 
 
-def interactive_error(student: Sides, teacher: Sides, scale: Tensor | float) -> Tensor:
-    """CLIP-KD's interactive contrastive loss: the student's side of one tower against the teacher's of the other."""
+def same_words(ids: Tensor) -> Tensor:
+    """Which texts of a batch are equal: [n, n] bool, from their token ids [n, tokens]."""
+    return (ids[:, None] == ids[None]).all(-1)
+
+
+def interactive_error(student: Sides, teacher: Sides, scale: Tensor | float, same: Tensor | None = None) -> Tensor:
+    """CLIP-KD's interactive contrastive loss: the student's side of one tower against the teacher's of the other.
+
+    Args:
+        student: vectors of both towers.
+        teacher: vectors of both towers.
+        scale: of the cosines.
+        same: [n, n] bool, pairs with the same words, which are no wrong answers for each other; None for none.
+    """
     first, second = (normalize(t, dim=-1) for t in student)
     taught, partner = (normalize(t, dim=-1) for t in teacher)
-    own = torch.arange(len(first), device=first.device)
-    return cross_entropy(scale * first @ partner.T, own) + cross_entropy(scale * second @ taught.T, own)
+    return _own_error(scale * first @ partner.T, same) + _own_error(scale * second @ taught.T, same)
 
 
-def contrastive_error(student: Sides, scale: Tensor | float) -> Tensor:
-    """CLIP's own loss, which needs no teacher: each row of one side must find its partner on the other."""
+def contrastive_error(student: Sides, scale: Tensor | float, same: Tensor | None = None) -> Tensor:
+    """CLIP's own loss, which needs no teacher: each row of one side must find its partner on the other.
+
+    Args:
+        student: vectors of both towers.
+        scale: of the cosines.
+        same: as for `interactive_error`.
+    """
     first, second = (normalize(t, dim=-1) for t in student)
-    own = torch.arange(len(first), device=first.device)
     logits = scale * first @ second.T
-    return 0.5 * (cross_entropy(logits, own) + cross_entropy(logits.T, own))
+    return 0.5 * (_own_error(logits, same) + _own_error(logits.T, same))
+
+
+def _own_error(logits: Tensor, same: Tensor | None) -> Tensor:
+    """Cross-entropy of similarities [n, n] with the diagonal; what has the same words is left out."""
+    if same is not None:
+        logits = logits.masked_fill(same & ~torch.eye(len(same), dtype=torch.bool, device=same.device), -torch.inf)
+    return cross_entropy(logits, torch.arange(len(logits), device=logits.device))

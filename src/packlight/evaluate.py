@@ -1,5 +1,7 @@
 """Quality, time and memory, before and after, on the same samples, in the runtime that ships."""
 
+import hashlib
+import json
 import os
 import random
 import time
@@ -11,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from packlight.audio import read_audio
+from packlight.audio import open_audio
 from packlight.data import Dataset, Sample
 from packlight.errors import DataError
 from packlight.metrics import Paired, error_counts, metric_name, normalize, paired_bootstrap, token_agreement
@@ -64,11 +66,6 @@ class Quality(Paired):
     details: dict[str, list[float]] = field(default_factory=dict)
 
 
-def open_audio(path: Path, texts: Sequence[str]) -> np.ndarray:
-    """The input that a sample is for a model of speech."""
-    return read_audio(path)
-
-
 def answers(
     dataset: Dataset,
     answer: Answer,
@@ -116,17 +113,26 @@ def _each(
     open_input: Open,
 ) -> list[Any]:
     what, progress = said
-    done = {v["sha256"]: v[key] for v in read_lines(kept)} if kept else {}
+    # A picture under two names may have other texts, and their vectors are in its answer. An answer to speech does not
+    # depend on what was said, so it is kept by the recording alone.
+    done = {(v["sha256"], v.get("texts", "")): v[key] for v in read_lines(kept)} if kept else {}
     result = []
     for i, sample in enumerate(dataset.samples):
-        if sample.sha256 not in done:
-            done[sample.sha256] = make(open_input(sample.path, sample.texts))
+        asked = (sample.sha256, "" if open_input is open_audio else _digest(sample.texts))
+        if asked not in done:
+            done[asked] = make(open_input(sample.path, sample.texts))
             if kept:
-                append_line(kept, {"id": sample.id, "sha256": sample.sha256, key: done[sample.sha256]})
-        result.append(done[sample.sha256])
+                texts = {"texts": asked[1]} if asked[1] else {}
+                append_line(kept, {"id": sample.id, "sha256": sample.sha256, **texts, key: done[asked]})
+        result.append(done[asked])
         if progress:
             progress(what, i + 1, dataset.n)
     return result
+
+
+def _digest(texts: Sequence[str]) -> str:
+    """SHA-256 of a sample's texts; '' for none."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest() if texts else ""
 
 
 def quality(

@@ -170,7 +170,7 @@ def _teach(school: School, sample: int, variant: int) -> dict[str, Tensor]:
     seen["logits"] = torch.log_softmax(seen["logits"], -1)
     places = family.inputs(school.student, batch).get("positions")
     inside = {p.name for p in school.points if p.first} | {"hidden.states"}
-    if places is not None:  # the student sees fewer positions than its teacher
+    if places is not None and not places.is_floating_point():  # the student sees fewer positions than its teacher
         seen |= {name: seen[name][:, places] for name in inside if name in seen}
     limit = torch.finfo(torch.float16).max
     return {n: t.clamp(-limit, limit).half() for n, t in seen.items()} | new

@@ -5,12 +5,14 @@ them up already; the operations of all other towers turn into time in proportion
 block measurably costs, and the original then teaches what is left.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from packlight.errors import PlanError
 from packlight.evaluate import Asked
 from packlight.families import Batch
 from packlight.model import Model
@@ -20,9 +22,9 @@ from packlight.pruning_plan import measure_effects, prune_step
 from packlight.recovering import lesson
 from packlight.structure import coupled
 
+log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 
-_STAGES = ("encoder", "image tower", "audio tower", "text tower")  # of a profile: what is not stepwise
 _SPARE = 1.15  # of the share that times ask for: what is left runs a little less well
 _MOST, _STEP = 0.6, 0.05  # share that may go; shares are multiples of a step
 
@@ -71,16 +73,23 @@ def lighter(
         progress: called with (what, done, total).
 
     Returns:
-        the plan; None for a model without towers that can be pruned.
+        the plan; None for a model whose towers can't be pruned, or not by as much as the latency asks for.
     """
-    towers = [t.name for t in model.family.towers if not t.stepwise and coupled(model.module, t)]
-    if not towers:
+    found = [t for t in model.family.towers if not t.stepwise and coupled(model.module, t)]
+    if not found:
         return None
     stages = {row["stage"]: row["share"] for row in profile(slow.bundle, contents, asked, progress)["stages"]}
-    taken = sum(stages.get(name, 0.0) for name in _STAGES)
+    taken = sum(stages.get(name, 0.0) for t in found for name in {t.name, f"{t.modality} tower"})
+    if taken <= 1 - slow.latency / slow.seconds:  # even without these towers it would be missed
+        return None
     share = share_to_prune(slow, taken)
+    towers = [t.name for t in found]
     effects = measure_effects(model, *batches, towers, kept, progress)
-    pruning = prune_step(model, effects, towers, share)
+    try:
+        pruning = prune_step(model, effects, towers, share)
+    except PlanError as error:
+        log.info("No plan with fewer operations: %s", error)
+        return None
     why = (
         f"for the latency: {slow.plan.name} took {slow.seconds * 1000:.0f} ms where {slow.latency * 1000:.0f} were asked for, "
         f"{taken:.0%} of it in these towers; {pruning.reason}"

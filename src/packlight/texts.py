@@ -46,6 +46,11 @@ class TextSettings:
         return made
 
 
+def canonical_text(words: str) -> str:
+    """A text as SigLIP reads it: in lower case, without ASCII punctuation, with single spaces."""
+    return " ".join(words.lower().translate(_NO_PUNCTUATION).split())
+
+
 def tokenizer_of(text: str, settings: TextSettings) -> Callable[[str], list[int]]:
     """From a text to its token ids.
 
@@ -62,7 +67,7 @@ def tokenizer_of(text: str, settings: TextSettings) -> Callable[[str], list[int]
 
     def ids(words: str) -> list[int]:
         if settings.canonical:
-            words = " ".join(words.lower().translate(_NO_PUNCTUATION).split())
+            words = canonical_text(words)
         found = list(tokenizer.encode(words).ids)
         return found + [settings.pad] * (settings.pad_to - len(found))
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from packlight.errors import ModelError
 from packlight.families import dual_patches, dual_sound
+from packlight.families.pretrained import SIGLIP, reason, tokenizer_config
 from packlight.images import ImageSettings, pixels
-from packlight.texts import TextSettings, tokenizer_of
+from packlight.texts import TextSettings, canonical_text, tokenizer_of
 
 _PADDED = ("siglip", "siglip2")  # trained with every text filled up to one length, and no mask
 _PROBES = ("a photo of a cat.", "Two dogs, one ball!", "", "图片 é 1234")
@@ -65,13 +66,21 @@ def _image_processor(folder: Path) -> Callable[[np.ndarray], Tensor]:
     from transformers import AutoImageProcessor
 
     try:
-        made = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        # Where torchvision is installed transformers would take it, and its pixels are not quite Pillow's.
+        made = AutoImageProcessor.from_pretrained(folder, local_files_only=True, **_by_pillow())
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(
-            f"{folder} has no picture processor that transformers reads ({str(error).splitlines()[0]}). Put the model's "
+            f"{folder} has no picture processor that transformers reads ({reason(error)}). Put the model's "
             "preprocessor_config.json there."
         ) from None
     return _process_by(made)
+
+
+def _by_pillow() -> dict[str, Any]:
+    """What asks transformers for a processor that works with Pillow: `backend` where it knows that, else `use_fast`."""
+    from transformers.models.auto import image_processing_auto
+
+    return {"backend": "pil"} if hasattr(image_processing_auto, "_resolve_backend") else {"use_fast": False}
 
 
 def _process_by(made: Any) -> Callable[[np.ndarray], Tensor]:
@@ -150,22 +159,16 @@ def _three(values: Tensor) -> tuple[float, float, float]:
 
 
 def _text(folder: Path, module: nn.Module, tokenizer: str) -> tuple[Callable[[Sequence[str]], dict[str, Tensor]], Any]:
-    from transformers import AutoTokenizer
-
-    try:
-        made = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(
-            f"{folder} has no tokenizer ({str(error).splitlines()[0]}). Put the model's own there."
-        ) from None
+    made, canonical = _tokenizer(folder)
     room = max_tokens(module, made.model_max_length)
     padded = module.config.model_type in _PADDED
-    canonical = hasattr(made, "canonicalize_text") and bool(getattr(made, "do_lower_case", True))
+    bare = canonical and not hasattr(made, "canonicalize_text")  # it leaves to us what the original's class does first
     settings = TextSettings(room, room if padded else 0, int(made.pad_token_id or 0), canonical)
 
     def tokenize(texts: Sequence[str]) -> dict[str, Tensor]:
         how = {"padding": "max_length"} if padded else {"padding": True}
-        found = made(list(texts), truncation=True, max_length=room, return_tensors="pt", **how)
+        given = [canonical_text(text) for text in texts] if bare else list(texts)
+        found = made(given, truncation=True, max_length=room, return_tensors="pt", **how)
         return {k: found[k] for k in (("input_ids",) if padded else ("input_ids", "attention_mask"))}
 
     ours = tokenizer_of(tokenizer, settings)
@@ -176,6 +179,41 @@ def _text(folder: Path, module: nn.Module, tokenizer: str) -> tuple[Callable[[Se
                 f"{probe!r}, so the device would read other texts than the original. Get the model's own tokenizer.json."
             )
     return tokenize, settings
+
+
+def _tokenizer(folder: Path) -> tuple[Any, bool]:
+    """(the folder's tokenizer, whether its texts are first put in lower case and freed of punctuation)."""
+    from transformers import AutoTokenizer
+
+    settings = tokenizer_config(folder)
+    enough = settings.get("tokenizer_class") == SIGLIP and (folder / "tokenizer.json").is_file()
+    if enough and not (folder / "spiece.model").is_file():
+        return _siglip(folder, settings)
+    try:
+        made = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        if enough:
+            return _siglip(folder, settings)
+        raise ModelError(f"{folder} has no tokenizer ({reason(error)}). Put the model's own there.") from None
+    return made, hasattr(made, "canonicalize_text") and bool(getattr(made, "do_lower_case", True))
+
+
+def _siglip(folder: Path, settings: dict[str, Any]) -> tuple[Any, bool]:
+    """SigLIP's tokenizer from its tokenizer.json alone, where SentencePiece or its model is missing."""
+    from transformers import PreTrainedTokenizerFast
+
+    names = {"pad_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}  # as the class has them
+    for key in names:
+        given = settings.get(key)
+        names[key] = str((given.get("content") if isinstance(given, dict) else given) or names[key])
+    room = int(settings.get("model_max_length") or 64)
+    made = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), model_max_length=room, **names)
+    if made("a")["input_ids"][-1:] != [made.eos_token_id]:
+        raise ModelError(
+            f"The tokenizer.json in {folder} does not end a text with {made.eos_token}, as SigLIP's tokenizer does. Get "
+            "the model's own tokenizer.json."
+        )
+    return made, bool(settings.get("do_lower_case", True))
 
 
 def max_tokens(module: nn.Module, wanted: int) -> int:

@@ -1,5 +1,6 @@
 """Reading a folder of transformers: its weights, refused where they are not those of its config, and its tokenizer."""
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -7,6 +8,8 @@ import torch
 from torch import nn
 
 from packlight.errors import ModelError
+
+SIGLIP = "SiglipTokenizer"  # the class of SigLIP's first version, which needs SentencePiece
 
 
 def from_transformers(kind: Any, folder: Path) -> nn.Module:
@@ -43,7 +46,26 @@ def tokenizer_json(folder: Path, rebuilt: bool = False) -> str:
 
     try:
         return str(AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer.to_str())
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        # transformers makes no tokenizer.json for SigLIP, with SentencePiece or without: only the file itself helps.
+        missing = isinstance(error, ImportError) and tokenizer_config(folder).get("tokenizer_class") != SIGLIP
+        or_made = ", or `pip install sentencepiece protobuf`, so that one can be made" if missing else ""
         raise ModelError(
-            f"{folder} has no tokenizer.json and none can be made ({str(error).splitlines()[0]})."
+            f"{folder} has no tokenizer.json and none can be made ({reason(error)}). Put the model's own "
+            f"tokenizer.json there{or_made}."
         ) from None
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """The folder's tokenizer_config.json; {} where it has none that can be read."""
+    try:
+        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def reason(error: Exception) -> str:
+    """The first sentence of an error: those of transformers begin with empty lines and go on for paragraphs."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].partition(". ")[0].rstrip(".") if lines else type(error).__name__

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from packlight.audio import RATE, read_audio
+from packlight.audio import RATE, open_audio
 from packlight.context import AudioContext, places, spoken_positions
 from packlight.errors import DataError
 from packlight.families import Batch, Family, Part, Tower, attention_at
@@ -275,7 +275,7 @@ FAMILY = Family(
     window=30.0,
     usage="speech.wav",
     notes=("The interval resamples utterances; speakers recur, so the true uncertainty is somewhat larger.",),
-    open_input=lambda path, texts: read_audio(path),
+    open_input=open_audio,
     inputs=inputs,
     shorten=shorten_,
     equip=equip,

@@ -108,6 +108,12 @@ def check_distill(model: Model, config: DistillConfig, scope: Sequence[str]) -> 
     asked = sorted(set(weights(family, config)) & set(wrong))
     if asked:
         raise PlanError(f"distill: the family {family.name} has no loss {', '.join(asked)}. Leave it out.")
+    folded = [t.name for t in family.towers if t.inverted is not None]
+    if "hidden" in weights(family, config) and folded:
+        raise PlanError(
+            f"distill: hidden compares outputs of blocks, and those of a tower of convolutions ({', '.join(folded)}) have "
+            "another shape in every stage and for every side of the pictures. Leave it out; features compares vectors."
+        )
     if "relations" in weights(family, config):
         found = points(family, model.module, model.module, False, True)
         widths = [model.module.get_submodule(p.student).out_features for p in found]
@@ -279,6 +285,9 @@ def _losses(
     def sides(found: dict[str, Tensor]) -> losses.Sides:
         return found["first"], found["second"]
 
+    def same() -> Tensor:
+        return losses.same_words(batch[school.family.reads])
+
     return {
         "kl": lambda: losses.logit_kl(now["logits"], aim["logits"], temperature),
         "hidden": lambda: mean("hidden.", lambda n: losses.hidden_error(now[n], aim[n], maps.get(n))),
@@ -286,8 +295,8 @@ def _losses(
         "words": words,
         "affinity": lambda: losses.affinity_error(sides(now), sides(aim)),
         "features": lambda: losses.feature_error(sides(now), sides(aim)),
-        "interactive": lambda: losses.interactive_error(sides(now), sides(aim), now["scale"]),
-        "contrastive": lambda: losses.contrastive_error(sides(now), now["scale"]),
+        "interactive": lambda: losses.interactive_error(sides(now), sides(aim), now["scale"], same()),
+        "contrastive": lambda: losses.contrastive_error(sides(now), now["scale"], same()),
     }
 
 

@@ -106,8 +106,8 @@ def _measure_front(model: Model, batches: Sequence[Batch], tower: Tower, watched
 
 def _looked_up(model: Model, batches: Sequence[Batch], paths: Sequence[str]) -> dict[str, Tensor]:
     """What `read_use` says of the token tables among the layers that no head is tied to."""
-    tables = [p for p in model.family.tables if p in paths and batches]
-    ids = [b[model.family.reads] for b in batches]
+    ids = [b[model.family.reads] for b in batches if model.family.reads in b]  # samples may have no words
+    tables = [p for p in model.family.tables if p in paths and ids]
     return {f"{path}.use": read_use(ids, model.layers()[path].num_embeddings) for path in tables}  # type: ignore[arg-type]
 
 

@@ -210,7 +210,7 @@ class _One:
 def _of_bundle(name: str, asked: Asked) -> _One:
     served = open_served(Path(name), asked.threads)
     task = served.bundle.manifest["task"]
-    if asked.templates and served.encoder is not None and served.encoder.classes is not None:
+    if asked.templates and _frozen(served):
         raise DataError(
             f"{name} was frozen with the texts of its classes in it, so --template would do nothing. Leave it out."
         )

@@ -47,9 +47,8 @@ def search(
         fits = [p for p in left if target.size is None or p.expected["bytes"] + overhead <= target.size]
         return sorted(fits, key=lambda p: -p.expected["bytes"])
 
-    # The best quality that fits, then a larger one where the first left room. Where it is too slow, that with a shorter
-    # context, and then with fewer operations; where only the drop is missed, that taught by the original; then slower
-    # plans that lose less; last the next smaller.
+    # The best quality that fits, a larger one where there was room. Too slow: with a shorter context, then with fewer
+    # operations; only the drop missed: taught by the original; then slower plans that lose less; last the next smaller.
     kinds = ["p", "c", "s", "t", "f", "f", "p"]
     missed, last = ["latency"], plans[0]
     while kinds and len(tried) < TRIES:

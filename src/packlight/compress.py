@@ -11,6 +11,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from packlight.errors import PlanError
 from packlight.families import Batch
+from packlight.information import row_costs
 from packlight.layers import Edit
 from packlight.model import Model
 from packlight.plan import Plan, Step, StepRecord, write_json
@@ -182,8 +184,11 @@ def compress_(
                 tower,
             )
         ranged = {path for path, a in found.items() if "ranges" in a.technique.needs}
+        paths = {path for path, a in found.items() if "use" in a.technique.needs and a.config.use}
+        costs = row_costs(model, batches, paths, plan.seed, progress) if paths and batches else {}
         for number, (layers, sums) in enumerate(waves(model, batches if need else [], ranged=ranged)):
-            records += _wave(model, layers, sums, found, tied, work / f"wave_{number:03d}")
+            measure = partial(_with_costs, costs, layers, sums)
+            records += _wave(model, layers, measure, found, tied, work / f"wave_{number:03d}")
             if progress:
                 progress("compressing", number + 1, total)
         if tuning is not None and teacher is not None:
@@ -286,6 +291,11 @@ def old_ids(plan: Plan) -> tuple[int, ...] | None:
     return None if config is None else decode_ids(config.kept)[0]
 
 
+def _with_costs(costs: dict[str, Tensor], paths: list[str], measure: Measure) -> dict[str, Tensor]:
+    """What a wave measures, and what is known of its layers from before: all of it was one pass of the original."""
+    return {k: v for k, v in costs.items() if k.removesuffix(".use") in paths} | measure()
+
+
 def _wave(
     model: Model,
     paths: list[str],
@@ -344,7 +354,8 @@ def _layer(
         more = seen(path, layer, sums)
     assert assignment.technique.layer is not None  # check() assigns no other
     made: Compressed = assignment.technique.layer(weight, gram, assignment.config, **more)
-    loss = distortion(weight, made.approximation, gram)
+    weight, close = (_as_counted(w, use, assignment.config) for w in (weight, made.approximation))
+    loss = distortion(weight, close, gram)
     side = sum(
         16 * made.tensors[key].numel()
         for key in ("scale", "columns")
@@ -356,6 +367,13 @@ def _layer(
         path, name, assignment.technique.name, weight.numel(), round(rate, 4), float(f"{loss:.4g}"), limit
     )
     return Edit(path, made.kind, made.args), made.tensors, record
+
+
+def _as_counted(weight: Tensor, use: Tensor | None, config: Any) -> Tensor:
+    """Rows by the square root of what an error in them counts, the measure by which unequal steps are best."""
+    if use is None or not getattr(config, "use", 0):
+        return weight
+    return weight * (use / use.mean()).float().pow(config.use).to(weight.device)[:, None]
 
 
 def _fill_(model: Model, edit: Edit, tensors: dict[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from packlight.context import AudioContext
 from packlight.families import Batch, Part
+from packlight.information import row_costs
 from packlight.layers import ACTIVATIONS
 from packlight.model import Model
 from packlight.observe import grams, read_use, token_use
@@ -58,7 +59,7 @@ def profile(model: Model) -> list[dict[str, Any]]:
 
 
 def measure_grams(model: Model, batches: Sequence[Batch], progress: Progress | None = None) -> dict[str, Tensor]:
-    """Gram matrices of every linear layer and convolution of the original, in one pass over the batches."""
+    """Gram matrices of every linear layer and convolution of the original, in one pass over the batches, and `row_costs`."""
     layers = {p: layer for p, layer in model.layers().items() if not _is_lookup(layer) and is_matrix(layer)}
 
     def logits() -> Iterator[Tensor]:
@@ -67,14 +68,16 @@ def measure_grams(model: Model, batches: Sequence[Batch], progress: Progress | N
             if progress:
                 progress("observing activations", i + 1, len(batches))
 
+    ids, family = [b[model.family.reads] for b in batches], model.family
     with torch.no_grad(), grams(layers) as sums:
-        if not model.family.tied:
+        if family.tied:
+            use = token_use(logits(), ids)
+            uses = {f"{table}.use": use for table, _ in family.tied}
+        else:
             for _ in logits():
                 pass
-            ids, tables = [b[model.family.reads] for b in batches], model.family.tables
-            return {**sums, **{f"{t}.use": read_use(ids, model.layers()[t].num_embeddings) for t in tables}}
-        use = token_use(logits(), [b[model.family.reads] for b in batches])
-    return {**sums, **{f"{table}.use": use for table, _ in model.family.tied}}
+            uses = {f"{t}.use": read_use(ids, model.layers()[t].num_embeddings) for t in family.tables}
+    return {**sums, **row_costs(model, batches, model.layers(), progress=progress), **uses}
 
 
 def settings(model: Model, part: str, rate: float | None) -> dict[str, Any]:
@@ -86,8 +89,8 @@ def settings(model: Model, part: str, rate: float | None) -> dict[str, Any]:
         return {"rate": None}
     first = next(p for p in model.family.parts if p.name == part).tower == model.family.towers[0].name
     found = {"rate": rate, "columns": True, "damp": 0.002 if first else 0.01}
-    tables = {p.name for table in model.family.token_tables if (p := model.family.part_of(table)) is not None}
-    return found | ({"use": 0.25} if part in tables else {})
+    tied = {p.name for table, _ in model.family.tied if (p := model.family.part_of(table)) is not None}
+    return found | {"use": 0.25 if part in tied else 0.35}
 
 
 def sensitivity(

@@ -33,8 +33,9 @@ class CodesConfig:
             not quantize.
         damp: share of the mean diagonal added to the Gram matrix (error feedback only).
         columns: a factor per input channel, steps that fit each input's energy (error feedback at a rate only).
-        use: how far the steps of a table's rows follow how much their token is used: step ~ use^-use. 0 for equal steps
-            (error feedback with columns only).
+        use: how far the steps of rows follow what an error in them costs, how often a table's row is used or the Fisher
+            information of a linear layer's output: step ~ cost^-use. 0 for equal steps (error feedback with columns
+            only).
     """
 
     rate: float | None = None
@@ -64,7 +65,8 @@ def feedback(weight: Tensor, gram: Tensor | None, config: CodesConfig, use: Tens
     """Codes in GPTQ order: the error of each column is made good by those not yet rounded.
 
     A layer without a Gram matrix is a table that is only looked up: its inputs are one-hot, so their Gram matrix is
-    diagonal, and feedback is the same as rounding to nearest; rows may still have steps by how often they are used.
+    diagonal, and feedback is the same as rounding to nearest; rows may still have steps by how often they are used. Where
+    the gradients at its outputs are known, their Gram matrix says which columns an error can be moved to.
     """
     if gram is None and use is not None and config.use and config.columns and config.rate is not None:
         gram = torch.eye(weight.shape[1])

@@ -1,0 +1,108 @@
+"""Measure what an error in each row of a layer costs: the Fisher information of what the layer gives.
+
+To second order, an error e in the outputs of a layer costs eᵀ F e, F the mean of g gᵀ over positions, where g is the
+gradient of what the whole model says. Its diagonal says which rows of a linear layer deserve smaller steps. A table that
+is only looked up has no inputs whose Gram matrix could be taken; F itself, over its columns, takes that place.
+
+Papers: the Fisher information as curvature, sampled from the model's own answers, Martens 2020, arXiv 1412.1193, and
+Kunstner et al. 2019, arXiv 1905.12558; of vectors, random projections (Hutchinson 1990).
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packlight.families import Batch, Family
+from packlight.model import Model
+
+_BATCHES = 16  # of calibration that gradients are taken of, spread over all
+_PROJECTIONS = 4  # of each batch's vectors
+_LEAST = 0.01  # share of the mean that every row counts at least: sums over few batches are no more exact
+
+Progress = Callable[[str, int, int], None]
+
+
+def row_costs(
+    model: Model, batches: Sequence[Batch], paths: Collection[str], seed: int = 0, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """What errors in the rows of layers cost, for layers that any of the batches runs.
+
+    Args:
+        model: unchanged afterwards.
+        batches: calibration batches; some of them are taken.
+        paths: of linear layers, and of tables of `model.family.tables`; others are passed over.
+        seed: of what is drawn.
+        progress: called with (what, done, total).
+
+    Returns:
+        path.use -> [out] float64, relative costs of a linear layer's rows, with the mean 1; path -> of a table
+        [width, width] float64, the sum of g gᵀ over what was read.
+    """
+    family = model.family
+    watched = {p: layer for p, layer in model.layers().items() if p in paths and _is_counted(p, layer, family)}
+    sums: dict[str, Tensor] = {}
+    some = batches[:: max(1, -(-len(batches) // _BATCHES))] if watched else []
+    draw = torch.Generator().manual_seed(seed)
+    with torch.inference_mode(False), torch.enable_grad(), _gradients(model, watched, sums):
+        for i, batch in enumerate(some):
+            for scalar, last in _said(family, model.module, batch, draw):
+                if scalar.requires_grad:
+                    scalar.backward(retain_graph=not last)
+            if progress:
+                progress("observing gradients", i + 1, len(some))
+    return {k: v / v.mean().clamp(min=1e-300) + _LEAST if k.endswith(".use") else v for k, v in sums.items()}
+
+
+def _is_counted(path: str, layer: nn.Module, family: Family) -> bool:
+    heads = {head for _, head in family.tied}
+    return path in family.tables or (isinstance(layer, nn.Linear) and path not in heads)
+
+
+def _said(family: Family, module: nn.Module, batch: Batch, draw: torch.Generator) -> Iterator[tuple[Tensor, bool]]:
+    """(a scalar whose gradient is a sample of what the model says, whether it is the batch's last)."""
+    if family.sides is None:
+        logits = torch.log_softmax(family.run(module, batch), -1)
+        drawn = torch.multinomial(logits.detach().exp().cpu(), 1, generator=draw).to(logits.device)
+        yield logits.gather(1, drawn).sum(), True
+        return
+    vectors = [v / v.norm(dim=-1, keepdim=True) for v in family.sides(module, batch)[:2]]
+    for i in range(_PROJECTIONS):
+        drawn_for = [torch.randn(v.shape, generator=draw).to(v.device) for v in vectors]
+        scalar = sum(((v * d).sum() for v, d in zip(vectors, drawn_for, strict=True)), torch.zeros(()))
+        yield scalar, i == _PROJECTIONS - 1
+
+
+@contextmanager
+def _gradients(model: Model, watched: dict[str, nn.Module], sums: dict[str, Tensor]) -> Iterator[None]:
+    """Sum up the gradients at the outputs of layers while the context is open; no parameter gets one."""
+    tables = model.family.tables
+
+    def watch(path: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        name = path if path in tables else f"{path}.use"
+
+        def keep(grad: Tensor) -> None:
+            rows = grad.detach().reshape(-1, grad.shape[-1])
+            found = (rows.T @ rows).double() if path in tables else rows.double().square().sum(0)
+            sums[name] = sums[name] + found if name in sums else found
+
+        def hook(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            out = out if out.requires_grad else out.detach().requires_grad_(True)
+            out.register_hook(keep)
+            return out.clone()  # what follows may write into it
+
+        return layer.register_forward_hook(hook)
+
+    handles = [watch(path, layer) for path, layer in watched.items()]
+    kept = [(p, p.requires_grad) for p in model.module.parameters()]
+    try:
+        for p, _ in kept:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, before in kept:
+            p.requires_grad_(before)
+        for handle in handles:
+            handle.remove()

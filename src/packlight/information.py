@@ -1,14 +1,16 @@
 """Measure what an error in each row of a layer costs: the Fisher information of what the layer gives.
 
 To second order, an error e in the outputs of a layer costs eᵀ F e, F the mean of g gᵀ over positions, where g is the
-gradient of what the whole model says. Its diagonal says which rows of a linear layer deserve smaller steps. A table that
-is only looked up has no inputs whose Gram matrix could be taken; F itself, over its columns, takes that place.
+gradient of what the whole model says. Its diagonal says which rows of a linear layer deserve smaller steps, and which of
+several layers more bits: values more than queries, as it turns out. A table that is only looked up has no inputs whose
+Gram matrix could be taken; F itself, over its columns, takes that place.
 
 Papers: the Fisher information as curvature, sampled from the model's own answers, Martens 2020, arXiv 1412.1193, and
 Kunstner et al. 2019, arXiv 1905.12558; of vectors, random projections (Hutchinson 1990).
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +19,11 @@ from torch import Tensor, nn
 
 from packlight.families import Batch, Family
 from packlight.model import Model
+from packlight.quant import column_steps, find_step
 
 _BATCHES = 16  # of calibration that gradients are taken of, spread over all
 _PROJECTIONS = 4  # of each batch's vectors
+_AT = 3.5  # bits per weight at which steps of layers are compared: far from where a rate is no longer the log of a step
 _LEAST = 0.01  # share of the mean that every row counts at least: sums over few batches are no more exact
 
 Progress = Callable[[str, int, int], None]
@@ -38,22 +42,59 @@ def row_costs(
         progress: called with (what, done, total).
 
     Returns:
-        path.use -> [out] float64, relative costs of a linear layer's rows, with the mean 1; path -> of a table
-        [width, width] float64, the sum of g gᵀ over what was read.
+        path.use -> [out] float64, costs of a linear layer's rows, the mean of g² over positions, above 0; path -> of a
+        table [width, width] float64, the sum of g gᵀ over what was read.
     """
     family = model.family
     watched = {p: layer for p, layer in model.layers().items() if p in paths and _is_counted(p, layer, family)}
     sums: dict[str, Tensor] = {}
-    some = batches[:: max(1, -(-len(batches) // _BATCHES))] if watched else []
+    counts: dict[str, int] = {}
+    whole = [b for b in batches if family.sides is None or family.reads in b]  # two towers are compared by both
+    some = whole[:: max(1, -(-len(whole) // _BATCHES))] if watched else []
     draw = torch.Generator().manual_seed(seed)
-    with torch.inference_mode(False), torch.enable_grad(), _gradients(model, watched, sums):
+    with torch.inference_mode(False), torch.enable_grad(), _gradients(model, watched, sums, counts):
         for i, batch in enumerate(some):
             for scalar, last in _said(family, model.module, batch, draw):
                 if scalar.requires_grad:
                     scalar.backward(retain_graph=not last)
             if progress:
                 progress("observing gradients", i + 1, len(some))
-    return {k: v / v.mean().clamp(min=1e-300) + _LEAST if k.endswith(".use") else v for k, v in sums.items()}
+    means = {k: v / counts[k] if k.endswith(".use") else v for k, v in sums.items()}
+    return {k: v + _LEAST * v.mean() + 1e-30 if k.endswith(".use") else v for k, v in means.items()}
+
+
+def bits_between(
+    weights: Mapping[str, Tensor], sums: Mapping[str, Tensor], damp: float, use: float
+) -> dict[str, float]:
+    """How many bits per weight more or less than their mean each of several layers deserves.
+
+    Reverse water-filling over all of them: where the step of row r and column i is c / (sqrt(F_rr) L_ii) with one c for
+    all layers, every weight adds the same to the loss (see `packlight.quant.column_grid`). A bit halves a step.
+
+    Args:
+        weights: path -> [out, in].
+        sums: path -> Gram matrix of the inputs, all over the same samples; path.use -> `row_costs`.
+        damp, use: as error feedback will have them.
+
+    Returns:
+        path -> bits, with the mean 0 over all weights; none for layers of which a sum is missing, or for a single one.
+    """
+    wanted = {}
+    for path, weight in weights.items():
+        gram, cost = sums.get(path), sums.get(f"{path}.use")
+        if gram is None or cost is None:
+            continue
+        factor, relative = column_steps(gram, damp), cost.float() ** -use
+        level = factor.log().mean() - 0.5 * cost.log().mean()
+        step = find_step(
+            weight / (factor * relative[:, None]) * (factor.log().mean() + relative.log().mean()).exp(), _AT, 1 << 30
+        )
+        wanted[path] = math.log2(step) - float(level) / math.log(2)
+    if len(wanted) < 2:
+        return {}
+    total = sum(weights[p].numel() for p in wanted)
+    mean = sum(bits * weights[p].numel() for p, bits in wanted.items()) / total
+    return {path: bits - mean for path, bits in wanted.items()}
 
 
 def _is_counted(path: str, layer: nn.Module, family: Family) -> bool:
@@ -76,7 +117,9 @@ def _said(family: Family, module: nn.Module, batch: Batch, draw: torch.Generator
 
 
 @contextmanager
-def _gradients(model: Model, watched: dict[str, nn.Module], sums: dict[str, Tensor]) -> Iterator[None]:
+def _gradients(
+    model: Model, watched: dict[str, nn.Module], sums: dict[str, Tensor], counts: dict[str, int]
+) -> Iterator[None]:
     """Sum up the gradients at the outputs of layers while the context is open; no parameter gets one."""
     tables = model.family.tables
 
@@ -87,6 +130,7 @@ def _gradients(model: Model, watched: dict[str, nn.Module], sums: dict[str, Tens
             rows = grad.detach().reshape(-1, grad.shape[-1])
             found = (rows.T @ rows).double() if path in tables else rows.double().square().sum(0)
             sums[name] = sums[name] + found if name in sums else found
+            counts[name] = counts.get(name, 0) + len(rows)
 
         def hook(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
             out = out if out.requires_grad else out.detach().requires_grad_(True)

@@ -60,7 +60,7 @@ def _between(points: list[tuple[float, Level]], rate: float) -> Level:
     kl = math.exp((1 - share) * math.log(below[1].kl) + share * math.log(above[1].kl))
     size = int((1 - share) * below[1].bytes + share * above[1].bytes)
     flips = (1 - share) * below[1].flips + share * above[1].flips
-    return Level(below[1].part, rate, size, kl, flips, share == 0.0)
+    return Level(below[1].part, rate, size, kl, flips, share == 0.0, spread=below[1].spread)
 
 
 @dataclass(frozen=True)
@@ -236,12 +236,24 @@ def _plan(
             static = {k: v for k, v in codes.items() if k in ("rate", "damp")}
             steps.append(Step("static_int8", static, fixed[level.part], reason))
             config["activations"] = "int8"
-        if any(model.family.part_of(path) is part and path not in taken for path in coded_paths(model)):
+        left = [p for p in coded_paths(model) if model.family.part_of(p) is part and p not in taken]
+        steps += _by_rate(level, config, reason)
+        if any(path not in level.spread for path in left):
             steps.append(Step(level.technique, config, part.paths, reason))
     steps.append(Step("float16", {}, ("*",), "norms and biases: too few bytes to gain anything"))
     kl = choice.kl + sum(loss for _, loss, _ in modes.values())
     expected = {"bytes": float(choice.bytes), "kl": kl}
     return Plan(tuple(steps), model.family.name, origin[0], origin[1], name, expected)
+
+
+def _by_rate(level: Level, config: dict[str, Any], reason: str) -> list[Step]:
+    """A step for the layers of each rate, where layers of a part differ in what an error in them costs."""
+    steps = []
+    for rate in sorted({*level.rates.values()}, reverse=True):
+        paths = tuple(p for p, own in level.rates.items() if own == rate)
+        why = f"{reason}; on average, {rate:g} here by the Fisher information of what these layers give"
+        steps.append(Step(level.technique, {**config, "rate": rate}, paths, why))
+    return steps
 
 
 def _float_plans(model: Model, best: _Choice, origin: tuple[dict[str, Any], int]) -> list[Plan]:

@@ -102,9 +102,7 @@ def column_grid(weight: Tensor, gram: Tensor, rate: float, damp: float = 0.01, r
     Returns:
         the grid; a row or column whose codes would pass `LIMIT` has a larger step.
     """
-    order = feedback_order(gram)
-    factor = torch.empty(len(gram))
-    factor[order] = _inverse_factor(gram, damp).diagonal()  # 1 / L_ii
+    factor = column_steps(gram, damp)
     factor = factor / factor.log().mean().exp()
     relative = torch.ones(len(weight), 1) if rows is None else (rows / rows.log().mean().exp())[:, None]
     step = find_step(weight / (factor * relative), rate, 1 << 30)
@@ -114,6 +112,14 @@ def column_grid(weight: Tensor, gram: Tensor, rate: float, damp: float = 0.01, r
     scale = torch.maximum(step * relative, (weight / columns).abs().amax(1, keepdim=True) / LIMIT)
     scale = _storable(torch.where(scale > 0, scale, torch.ones_like(scale)))
     return Grid(scale, torch.zeros_like(scale), -LIMIT, LIMIT, weight.shape[1], columns)
+
+
+def column_steps(gram: Tensor, damp: float) -> Tensor:
+    """[in]: 1 / L_ii for each column, see `column_grid`."""
+    order = feedback_order(gram)
+    factor = torch.empty(len(gram))
+    factor[order] = _inverse_factor(gram, damp).diagonal()
+    return factor
 
 
 def rescaled(grid: Grid, weight: Tensor, codes: Tensor, gram: Tensor) -> Grid:

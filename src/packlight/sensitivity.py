@@ -6,7 +6,7 @@ per token, with one part compressed at a time, on calibration samples that gave 
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from packlight.context import AudioContext
 from packlight.families import Batch, Part
-from packlight.information import row_costs
+from packlight.information import bits_between, row_costs
 from packlight.layers import ACTIVATIONS
 from packlight.model import Model
 from packlight.observe import grams, read_use, token_use
@@ -25,12 +25,16 @@ from packlight.windows import is_matrix, matrix, unmatrix
 
 Progress = Callable[[str, int, int], None]
 
+_MOST = 6.5  # bits per weight beyond which 7-bit codes are hardly finer
 MEASURED: tuple[float | None, ...] = (None, 4.0, 3.0, 2.25, 1.75)  # bits per weight; None is the finest grid
 
 
 @dataclass(frozen=True)
 class Level:
-    """What one part costs at one rate: measured, or interpolated between measured rates."""
+    """What one part costs at one rate: measured, or interpolated between measured rates.
+
+    `spread` has how many bits more or less than that single layers get, see `packlight.information.bits_between`.
+    """
 
     part: str
     rate: float | None
@@ -39,6 +43,13 @@ class Level:
     flips: float
     measured: bool = True
     technique: str = "error_feedback"
+    spread: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Bits per weight of each layer in `spread`, in steps of an eighth."""
+        assert self.rate is not None or not self.spread
+        return {p: min(_MOST, max(1.0, round(8 * ((self.rate or 0) + bits)) / 8)) for p, bits in self.spread.items()}
 
 
 def profile(model: Model) -> list[dict[str, Any]]:
@@ -249,21 +260,26 @@ def _measure_part(
     gram_of = {table: sums.get(head) for head, table in heads.items()}
     paths = [p for p in coded_paths(model) if (q := model.family.part_of(p)) and q.name == part and p not in heads]
     saved: dict[str, Tensor] = {}
-    size = 0
+    level = Level(part, rate, 0, 0.0, 0.0, technique=name)
+    if name == "error_feedback" and rate is not None:
+        linear = {p: matrix(layer) for p in paths if isinstance(layer := model.module.get_submodule(p), nn.Linear)}
+        level = replace(level, spread=bits_between(linear, sums, config.damp, config.use))
     with torch.no_grad():
         for path in paths:
             layer = model.module.get_submodule(path)
             weight = layer.weight
             saved[path] = weight.detach().clone()
             use = {"use": sums.get(f"{path}.use")} if "use" in technique.needs else {}
+            own = replace(config, rate=level.rates[path]) if path in level.spread else config
             assert technique.layer is not None
-            made = technique.layer(matrix(layer), gram_of.get(path, sums.get(path)), config, **use)
-            size += int(1.01 * made.rate * weight.numel() / 8) + 2 * sum(made.approximation.shape)
+            made = technique.layer(matrix(layer), gram_of.get(path, sums.get(path)), own, **use)
+            size = int(1.01 * made.rate * weight.numel() / 8) + 2 * sum(made.approximation.shape)
+            level = replace(level, bytes=level.bytes + size)
             weight.copy_(unmatrix(made.approximation, weight.shape))
         kl, flips = divergence(model, pairs)
         for path, weight in saved.items():
             model.module.get_submodule(path).weight.copy_(weight)
-    return Level(part, rate, size, kl, flips, technique=name)
+    return replace(level, kl=kl, flips=flips)
 
 
 def _is_table(model: Model, part: str) -> bool:

@@ -58,22 +58,26 @@ class Row:
     columns: bool = True  # steps per column, and rescaling
     allocated: bool = True
     use: bool = True
+    informed: bool = True  # bits by layer and steps by row, by the Fisher information of what they give
     tuned: bool = False
 
 
 STEPS = (
-    Row("round to nearest, fixed width, one scale per channel", False, False, False, False, False),
-    Row("+ entropy-aware step", True, False, False, False, False),
-    Row("+ error feedback", True, True, False, False, False),
-    Row("+ column steps and rescaling", True, True, True, False, False),
-    Row("+ bits by part", True, True, True, True, False),
-    Row("+ rows by token use"),
+    Row("round to nearest, fixed width, one scale per channel", False, False, False, False, False, False),
+    Row("+ entropy-aware step", True, False, False, False, False, False),
+    Row("+ error feedback", True, True, False, False, False, False),
+    Row("+ column steps and rescaling", True, True, True, False, False, False),
+    Row("+ bits by part", True, True, True, True, False, False),
+    Row("+ rows by token use", informed=False),
+    Row("+ layers and rows by Fisher information"),
 )
 TUNED = Row("+ tuning of scales", tuned=True)
 ALONE = (
     Row("all but error feedback", feedback=False, columns=False),
     Row("all but column steps and rescaling", columns=False),
     Row("all but bits by part", allocated=False),
+    Row("all but rows by token use", use=False),
+    Row("all but layers and rows by Fisher information", informed=False),
 )
 
 
@@ -190,6 +194,7 @@ def steps(bench: Bench, row: Row, shift: float) -> tuple[Step, ...]:
     model = bench.original
     parts = [p for p in model.family.parts if any(p is model.family.part_of(path) for path in model.layers())]
     weights = sum(x.weight.numel() for p, x in model.layers().items() if p not in {h for _, h in model.family.tied})
+    tied = {p.name for table, _ in model.family.tied if (p := model.family.part_of(table)) is not None}
     levels = allocate(bench.levels, bench.bits * weights / 8) if row.allocated else {}
     found = []
     for part in parts:
@@ -200,10 +205,16 @@ def steps(bench: Bench, row: Row, shift: float) -> tuple[Step, ...]:
             found.append(Step("group_weights", {"bits": 8, "group": 32}, part.paths))
             continue
         config = settings(model, part.name, rate) if row.columns else {"rate": rate}
-        if not row.use:
+        if not (row.use if part.name in tied else row.informed):
             config.pop("use", None)
+        config["activations"] = "float"
         name = "error_feedback" if row.columns else "feedback_alone" if row.feedback else "round_to_nearest"
-        found.append(Step(name if row.coded else "fixed_width", {**config, "activations": "float"}, part.paths))
+        spread = bench.levels[part.name][0].spread if row.informed and row.coded and rate is not None else {}
+        found += [
+            Step(name, {**config, "rate": min(max((rate or 0) + bits, 1.0), 8.0)}, (path,))
+            for path, bits in spread.items()
+        ]
+        found.append(Step(name if row.coded else "fixed_width", config, part.paths))
     found += [Step("tune_scales")] if row.tuned else []
     return (*found, Step("float16"))
 

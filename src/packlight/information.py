@@ -74,7 +74,8 @@ def bits_between(
     Args:
         weights: path -> [out, in].
         sums: path -> Gram matrix of the inputs, all over the same samples; path.use -> `row_costs`.
-        damp, use: as error feedback will have them.
+        damp: as error feedback will have it.
+        use: likewise.
 
     Returns:
         path -> bits, with the mean 0 over all weights; none for layers of which a sum is missing, or for a single one.

@@ -12,7 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +99,6 @@ def contrastive(pictures: Tensor, texts: Tensor, scale: Tensor, same: Tensor) ->
     return (cross(logits, right) + cross(logits.T, right)) / 2
 
 
-def picture_states(model: MobileDual, x: Tensor) -> Tensor:
-    """Vectors [n, d] of length 1 from what the frozen blocks gave."""
-    for block in model.vision_model.blocks[views.CUT :]:
-        x = block(x)
-    return nn.functional.normalize(model.visual_projection(model.vision_model.pool(x)), dim=-1)
-
-
 # Training -----------------------------------------------------------------------------------------------------------
 
 
@@ -115,13 +108,15 @@ class Work:
 
     Args:
         rows: of the drawings that train.
-        cached: per view, features [drawings, channels, height, width] in float16.
+        cached: per view, features [drawings, channels, height, width] in float16: an array, or what is indexed like one.
         texts: per set of words, what the text tower says of them [drawings, width].
+        cut: blocks that the features have gone through, which stay as they are.
     """
 
     rows: list[dict[str, Any]]
-    cached: list[np.ndarray]
+    cached: Sequence[Any]
     texts: list[Tensor]
+    cut: int = field(default_factory=lambda: views.CUT)
 
 
 @dataclass(frozen=True)
@@ -133,12 +128,14 @@ class Part:
         groups: what learns, and at which rate, as optimizers take it.
         seen: (view, drawings) -> what the picture tower says of them [n, head].
         seed: of the order, the views and the words.
+        kept: file that keeps the state after each epoch, to go on from; None for none.
     """
 
     epochs: int
     groups: list[dict[str, Any]]
     seen: Callable[[int, Tensor], Tensor]
     seed: int
+    kept: Path | None = None
 
 
 def learn(
@@ -152,9 +149,11 @@ def learn(
     steps = max(part.epochs * (len(names) // size), 1)
     curve = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.1)
     tensors = [tensor for group in part.groups for tensor in group["params"]]
-    mean, losses = [t.detach().clone() for t in tensors], []
+    mean = [t.detach().clone() for t in tensors]
     torch.manual_seed(part.seed)  # of dropout
-    for number in range(part.epochs):
+    state = (optimizer, curve, draw, tensors, mean)
+    losses = _resume(part.kept, *state) if part.kept and part.kept.is_file() else []
+    for number in range(len(losses), part.epochs):
         order, total = torch.randperm(len(names), generator=draw), []
         for first in range(0, len(order) - size + 1, size):
             some = order[first : first + size]
@@ -171,24 +170,49 @@ def learn(
             torch._foreach_lerp_(mean, [t.data for t in tensors], recipe.average)
             total.append(float(loss.detach()))
         losses.append(sum(total) / len(total))
+        if part.kept:
+            _keep(part.kept, losses, *state)
         report(number, losses[-1])
     for tensor, kept in zip(tensors, mean, strict=True):
         tensor.data.copy_(kept)
     return losses
 
 
-def groups(model: MobileDual, recipe: Recipe, tuned: bool) -> list[dict[str, Any]]:
-    """What learns, and at which rate: the projections and the scale, and in the second part the last blocks."""
+def _keep(
+    file: Path, losses: list[float], optimizer: Any, curve: Any, draw: torch.Generator, *tensors: list[Tensor]
+) -> None:
+    """Write all that training goes on from, so that no later run sees half of it."""
+    state = {"losses": losses, "optimizer": optimizer.state_dict(), "curve": curve.state_dict(), "tensors": tensors}
+    part = file.with_suffix(".part")
+    torch.save({**state, "draw": draw.get_state(), "dropout": torch.get_rng_state()}, part)
+    part.replace(file)
+
+
+def _resume(file: Path, optimizer: Any, curve: Any, draw: torch.Generator, *tensors: list[Tensor]) -> list[float]:
+    """Take up what was kept, in place. Returns the losses so far."""
+    state = torch.load(file, weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    curve.load_state_dict(state["curve"])
+    draw.set_state(state["draw"])
+    torch.set_rng_state(state["dropout"])
+    for ours, kept in zip(tensors, state["tensors"], strict=True):
+        for tensor, value in zip(ours, kept, strict=True):
+            tensor.data.copy_(value)
+    return list(state["losses"])
+
+
+def groups(model: MobileDual, recipe: Recipe, cut: int | None) -> list[dict[str, Any]]:
+    """What learns, and at which rate: the projections and the scale; in the second part the blocks from `cut` on, too."""
     for weight in model.parameters():
         weight.requires_grad_(False)
-    rate = recipe.rate * (0.3 if tuned else 1)
+    rate = recipe.rate * (1 if cut is None else 0.3)
     chosen = [
         {"params": [model.visual_projection.weight, model.text_projection.weight], "lr": rate},
         {"params": [model.logit_scale], "lr": rate, "weight_decay": 0.0},
     ]
-    if tuned:
+    if cut is not None:
         tower = model.vision_model
-        last = [*tower.blocks[views.CUT :].parameters(), *tower.head.parameters()]
+        last = [*tower.blocks[cut:].parameters(), *tower.head.parameters()]
         chosen.append({"params": last, "lr": recipe.tune})
     for group in chosen:
         for weight in group["params"]:
@@ -196,18 +220,18 @@ def groups(model: MobileDual, recipe: Recipe, tuned: bool) -> list[dict[str, Any
     return chosen
 
 
-def last_blocks(model: MobileDual, cached: np.ndarray) -> Tensor:
-    """What the picture tower makes of its frozen blocks' features: [n, head]."""
+def last_blocks(model: MobileDual, cached: np.ndarray, cut: int) -> Tensor:
+    """What the picture tower makes of the features of its first `cut` blocks: [n, head]."""
     x = torch.from_numpy(cached.astype(np.float32)).contiguous(memory_format=torch.channels_last)
-    for block in model.vision_model.blocks[views.CUT :]:
+    for block in model.vision_model.blocks[cut:]:
         x = block(x)
     return model.vision_model.pool(x)
 
 
 @torch.inference_mode()
-def pooled(model: MobileDual, cached: np.ndarray) -> Tensor:
+def pooled(model: MobileDual, cached: Any, cut: int) -> Tensor:
     """The same of all drawings, without training."""
-    return torch.cat([last_blocks(model, cached[i : i + 32]) for i in range(0, len(cached), 32)])
+    return torch.cat([last_blocks(model, cached[i : i + 32], cut) for i in range(0, len(cached), 32)])
 
 
 @torch.inference_mode()
@@ -228,18 +252,33 @@ def _quiet(number: int, loss: float) -> None:
 
 def project(model: MobileDual, work: Work, recipe: Recipe) -> list[float]:
     """Train the projections and the scale alone. Returns the mean loss of each epoch."""
-    made = [pooled(model, cached).clone() for cached in work.cached]
-    part = Part(recipe.first, groups(model, recipe, False), lambda view, some: made[view][some], recipe.seed)
+    made = [pooled(model, cached, work.cut).clone() for cached in work.cached]
+    part = Part(recipe.first, groups(model, recipe, None), lambda view, some: made[view][some], recipe.seed)
     return learn(model, work, recipe, part, _quiet)
 
 
-def tune(model: MobileDual, work: Work, recipe: Recipe, report: Callable[[int, float], None] = _quiet) -> list[float]:
-    """Train the last blocks of the picture tower with the projections. Returns the mean loss of each epoch."""
+def tune(
+    model: MobileDual,
+    work: Work,
+    recipe: Recipe,
+    report: Callable[[int, float], None] = _quiet,
+    kept: Path | None = None,
+) -> list[float]:
+    """Train the last blocks of the picture tower with the projections. Returns the mean loss of each epoch.
+
+    Args:
+        model: trained in place.
+        work: what it reads.
+        recipe: how.
+        report: called after each epoch, with its number and mean loss.
+        kept: file that keeps the state, to go on from.
+    """
 
     def seen(view: int, some: Tensor) -> Tensor:
-        return last_blocks(model, work.cached[view][some.numpy()])
+        return last_blocks(model, work.cached[view][some.numpy()], work.cut)
 
-    return learn(model, work, recipe, Part(recipe.then, groups(model, recipe, True), seen, recipe.seed + 1), report)
+    part = Part(recipe.then, groups(model, recipe, work.cut), seen, recipe.seed + 1, kept)
+    return learn(model, work, recipe, part, report)
 
 
 # Measuring ----------------------------------------------------------------------------------------------------------
@@ -248,7 +287,7 @@ def tune(model: MobileDual, work: Work, recipe: Recipe, report: Callable[[int, f
 @torch.inference_mode()
 def recall_at_10(model: MobileDual, work: Work) -> float:
     """Text to image among these drawings, the words of each as the query."""
-    pictures = model.visual_projection(pooled(model, work.cached[0])).numpy()
+    pictures = model.visual_projection(pooled(model, work.cached[0], work.cut)).numpy()
     right, first, _ = right_pairs([[r["text"]] for r in work.rows])
     return recall(retrieval_ranks(pictures, model.text_projection(work.texts[0][first]).numpy(), right)[0], 10)
 

@@ -1,10 +1,12 @@
 """The front of plans, from planted sensitivities."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from packlight.compress import check
 from packlight.families import whisper
 from packlight.fewer_tokens import Pruning
 from packlight.model import Model, Source
@@ -57,6 +59,22 @@ def test_the_part_that_minds_more_gets_more_bits(model: Any) -> None:
     sizes, losses = [p.expected["bytes"] for p in plans], [p.expected["kl"] for p in plans]
     assert sizes == sorted(sizes)
     assert losses == sorted(losses, reverse=True)
+
+
+def test_layers_whose_errors_cost_more_get_more_bits_in_steps_of_their_own(model: Any) -> None:
+    paths = [f"model.encoder.layers.0.self_attn.{name}_proj" for name in ("q", "v", "out")]
+    spread = dict(zip(paths, (-0.7, 1.2, 0.0), strict=True))
+    levels = [replace(lv, spread=spread if lv.rate else {}) for lv in curve("encoder attention", 0.01)]
+    assert all(lv.spread == spread for lv in levels_between(levels) if lv.rate)
+    plans = [p for p in front(model, levels, {}, [Pruning()], [], ORIGIN) if p.name.startswith("p")]
+    assert plans
+    for plan in plans:
+        rate = {path: next(s for s in plan.steps if s.takes(path)).config.get("rate") for path in model.layers()}
+        rest = rate["model.encoder.layers.1.self_attn.q_proj"]  # no spread: the part's own
+        if rest is not None:
+            wanted = {p: min(6.5, max(1.0, round(8 * (rest + bits)) / 8)) for p, bits in spread.items()}
+            assert {p: rate[p] for p in paths} == wanted
+        check(plan, model, "given")
 
 
 def test_the_largest_plan_has_the_least_loss_however_little_its_bytes_buy(model: Any) -> None:

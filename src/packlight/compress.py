@@ -40,6 +40,7 @@ from packlight.windows import is_matrix
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
+_SEEN = 640  # samples from which on a Gram matrix no longer changes by much: of lessons every so many batches
 _SAME = 1e-4  # how far a vector of length 1 may move where nothing was changed but ids
 
 
@@ -186,7 +187,8 @@ def compress_(
         ranged = {path for path, a in found.items() if "ranges" in a.technique.needs}
         paths = {path for path, a in found.items() if "use" in a.technique.needs and a.config.use}
         costs = row_costs(model, batches, paths, plan.seed, progress) if paths and batches else {}
-        for number, (layers, sums) in enumerate(waves(model, batches if need else [], ranged=ranged)):
+        seen_by = batches[:: max(1, len(batches) * model.family.group // _SEEN)] if need else []
+        for number, (layers, sums) in enumerate(waves(model, seen_by, ranged=ranged)):
             measure = partial(_with_costs, costs, layers, sums)
             records += _wave(model, layers, measure, found, tied, work / f"wave_{number:03d}")
             if progress:

@@ -163,7 +163,8 @@ def sides(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     if "input_ids" not in batch:
         raise DataError("Two towers are compared by pictures with texts; some of these pictures have none.")
     texts = embed_text(module, batch["input_ids"], batch.get("attention_mask"))
-    return content_of(module, batch), texts, scale_of(module)
+    states = batch.get("states")
+    return content_of(module, batch) if states is None else states, texts, scale_of(module)
 
 
 def inputs(module: nn.Module, batch: Batch) -> Batch:

@@ -2,7 +2,8 @@
 
 Scales, factors of columns, norms and biases are some hundredth of the parameters, and they repair much of what the
 rounding of the rest did. First the first tower learns to give the original's output (relative squared error), then
-the others learn the original's distribution over the next token (KL divergence), on the original's own words. Every
+the others learn the original's distribution over the next token (KL divergence), on the original's own words, or, where
+two towers are compared, the original's vectors (relative squared error): few choices say little of a vector. Every
 tensor is moved relative to its own size, so one learning rate serves all.
 
 When to use: below about four bits per weight. When not: without some dozens of calibration samples; the samples that
@@ -115,15 +116,25 @@ def _phases(model: Model, teacher: nn.Module, batches: Sequence[Batch], config: 
     title = "tuning scales, {}"
     yield Task("tower", title.format("tower"), first, lambda i, _: tower(i), tower, *samples), config.tower_epochs
     with torch.no_grad():
-        aims = [torch.log_softmax(family.run(teacher, b), -1).half() for b in taught]
         seen = [family.encode(student, b) for b in batches]
+        aims = [_said(model, teacher, b) for b in taught]
+        aims = aims if family.sides is not None else [a.half() for a in aims]  # there are many tokens
 
     def rest(i: int) -> Tensor:
-        now, aim = torch.log_softmax(family.run(student, seen[i]), -1), aims[i].float()
+        now, aim = _said(model, student, seen[i]), aims[i].float()
+        if family.sides is not None:
+            return (now - aim).square().sum() / aim.square().sum()
         return (aim.exp() * (aim - now)).sum(-1).mean()
 
     others = {n: t for n, t in tensors.items() if n not in first}
     yield Task("rest", title.format("rest"), others, lambda i, _: rest(i), rest, *samples), config.epochs
+
+
+def _said(model: Model, module: nn.Module, batch: Batch) -> Tensor:
+    """What the towers after the first say: log-probabilities, or the second one's vectors."""
+    if model.family.sides is not None:
+        return model.family.sides(module, batch)[1]
+    return torch.log_softmax(model.family.run(module, batch), -1)
 
 
 def tunable(module: nn.Module) -> dict[str, Tensor]:

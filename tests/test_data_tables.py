@@ -11,6 +11,7 @@ import pytest
 
 from data_files import audio, refusal
 from packlight.data import read_dataset
+from test_data_images import image
 
 
 def saved(folder: Path, *parts: str) -> Path:
@@ -35,10 +36,12 @@ class Table(list[dict[str, Any]]):
         return self
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, load: Callable[[type], Any]) -> None:
+def stand_in(monkeypatch: pytest.MonkeyPatch, load: Callable[[type], Any], kind: str = "Audio") -> None:
     module: Any = types.ModuleType("datasets")
-    module.Audio = type("Audio", (), {"__init__": lambda self, decode=True: setattr(self, "decode", decode)})
-    module.load_from_disk = lambda folder: load(module.Audio)
+    for name in ("Audio", "Image"):
+        made = type(name, (), {"__init__": lambda self, decode=True: setattr(self, "decode", decode)})
+        setattr(module, name, made)
+    module.load_from_disk = lambda folder: load(getattr(module, kind))
     monkeypatch.setitem(sys.modules, "datasets", module)
 
 
@@ -75,6 +78,35 @@ def test_datasets_folder_is_read_with_its_audio_written_to_the_cache(
     assert len(list((tmp_path / "cache").rglob("*.*"))) == 3
 
 
+def test_pictures_of_a_datasets_folder_are_read_with_captions_or_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [{"bytes": image(tmp_path / f"{i}.png", i).read_bytes(), "path": None} for i in range(3)]
+    kept = {"bytes": None, "path": str(image(tmp_path / "kept.jpg", 9))}
+    classes = types.SimpleNamespace(names=["cat", "dog"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tables: dict[str, Callable[[type], Table]] = {
+        "captions": lambda kind: Table(
+            [{"picture": cells[0], "text": "a dot"}, {"picture": cells[1], "captions": ["two", "three"]}],
+            {"picture": kind(), "text": None, "captions": None},
+        ),
+        "classes": lambda kind: Table(
+            [{"image": c, "label": n} for c, n in zip([*cells, kept], [1, 0, -1, 1], strict=True)],
+            {"image": kind(), "label": classes},
+        ),
+    }
+    stand_in(monkeypatch, lambda kind: {"train": tables["captions"](kind)}, "Image")
+    captions = read_dataset(saved(tmp_path / "one", "train"), need_text=True).samples
+    assert [(s.id, s.texts, s.modality) for s in captions] == [
+        ("train/00000000", ("a dot",), "image"),
+        ("train/00000001", ("two", "three"), "image"),
+    ]
+    assert captions[0].path.read_bytes() == cells[0]["bytes"]
+    assert captions[0].path.is_relative_to(tmp_path / "cache" / "packlight" / "images")
+    stand_in(monkeypatch, tables["classes"], "Image")
+    assert [s.label for s in read_dataset(saved(tmp_path / "two")).samples] == ["dog", "cat", None, "dog"]
+
+
 @pytest.mark.parametrize(
     ("cell", "features", "sentence"),
     [
@@ -85,7 +117,7 @@ def test_datasets_folder_is_read_with_its_audio_written_to_the_cache(
             ("audio",),
             "row 0: 'text' must be a string, it is 4",
         ),
-        ({"image": 1}, (), "the table has no column of type Audio, its columns are: image"),
+        ({"image": 1}, (), "the table has no column of type Audio or Image, its columns are: image"),
     ],
 )
 def test_datasets_folder_is_refused_when_its_rows_are_wrong(
@@ -114,3 +146,13 @@ def test_datasets_folder_of_the_real_package_is_read(tmp_path: Path, monkeypatch
     one, many = read_dataset(tmp_path / "one"), read_dataset(tmp_path / "many")
     assert [(s.id, s.text, s.seconds) for s in one.samples] == [("00000000", "a", 0.5), ("00000001", "b", 0.5)]
     assert [s.sha256 for s in many.samples] == [sha256(Path(p).read_bytes()).hexdigest() for p in paths]
+
+
+def test_pictures_that_the_real_package_saved_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    paths = [str(image(tmp_path / f"{i}.png", i)) for i in range(2)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    datasets.Dataset.from_dict({"image": paths, "label": [1, 0]}, features=features).save_to_disk(str(tmp_path / "one"))
+    found = read_dataset(tmp_path / "one").samples
+    assert [(s.id, s.label, s.modality) for s in found] == [("00000000", "dog", "image"), ("00000001", "cat", "image")]

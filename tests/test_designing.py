@@ -74,6 +74,15 @@ def test_every_design_keeps_its_budget_and_uses_it(share: float, unit: Any) -> N
         assert full or part > share - 0.03
 
 
+def test_sides_that_nobody_named_use_the_budget() -> None:
+    """Half of Lite0 at 224 pixels: whole at 160, but at 128 two thirds of the budget are all that there is."""
+    shallow = designs(LITE, 224, Design(0.5, depth=(1.0, 0.25)))
+    assert [c["size"] for c in shallow] == [224, 224, 192, 192, 160, 160]  # depths are named, so they stay
+    (named,) = designs(LITE, 224, Design(0.5, size=(128,)))
+    assert cost(named, 128, "operations") < 0.7 * 0.5 * cost(LITE, 224, "operations")
+    assert len(designs(LITE, 224, Design(0.9, expansion=0.0))) == 4  # where no side uses the budget, all are tried
+
+
 def test_blocks_are_spread_over_a_stage_and_keep_its_first() -> None:
     other = {"stages": [[1, 3, 1, 16, 1], [4, 3, 2, 24, 2], [4, 5, 2, 32, 1]]}
     assert blocks_from(SMALL, other) == [0, 1, 3, 4]
@@ -228,7 +237,7 @@ def batches(model: Any, count: int = 5) -> list[Any]:
     return [model.family.prepare(model.module, pairs[k::count], [], [], model.settings) for k in range(count)]
 
 
-STEP = Step("student_tower", {"share": 0.5, "depth": [1.0, 0.5]})
+STEP = Step("student_tower", {"share": 0.5, "size": [64, 32], "depth": [1.0, 0.5]})
 
 
 def test_a_plan_with_a_student_is_deployed_and_loads_again(folder: Path, tmp_path: Path) -> None:

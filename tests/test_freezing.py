@@ -67,21 +67,21 @@ def encoder_of(classes):
     """As much of an open bundle as a question is checked against."""
     encoder = SimpleNamespace(settings=SimpleNamespace(kind="image"), classes=classes)
     manifest = {"task": "image-text" if classes is None else "image-classes"}
-    return SimpleNamespace(encoder=encoder, bundle=SimpleNamespace(manifest=manifest))
+    return SimpleNamespace(encoder=encoder, bundle=SimpleNamespace(manifest=manifest, path="B"))
 
 
-@pytest.mark.parametrize("command", ["eval", "run"])
+@pytest.mark.parametrize("command", ["eval", "bench", "bench --profile", "run"])
 def test_a_template_that_would_be_ignored_is_refused(tmp_path, monkeypatch, capsys, command):
     from packlight import benching, bundle, cli, serve
 
     data = save_pictures(tmp_path / "labels", 2, labels=True)
-    frozen = command == "eval"
+    frozen = command != "run"
     for module in (benching, serve):
         monkeypatch.setattr(module, "open_served", lambda *a: encoder_of([[1.0]] if frozen else None))
     for module in (benching, bundle):
         monkeypatch.setattr(module, "is_bundle", lambda path: True)
     asked = ["--data", data] if frozen else ["words", "--images", data]
-    monkeypatch.setattr(sys, "argv", ["packlight", command, "B", *map(str, asked), "--template", "a {} dot."])
+    monkeypatch.setattr(sys, "argv", ["packlight", *command.split(), "B", *map(str, asked), "--template", "a {} dot."])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2

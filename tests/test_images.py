@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from packlight.errors import BundleError, DataError
+from packlight.errors import BundleError, DataError, ModelError
 from packlight.images import ImageSettings, pixels, read_image
 
 SHAPES = [(40, 60), (61, 33), (1, 1), (7, 300), (224, 224)]
@@ -40,6 +40,27 @@ def test_pixels_are_those_of_the_processor_within_a_ten_thousandth(shape, kind):
     assert ours.dtype == np.float32 and ours.shape == theirs.shape
     assert np.abs(theirs - ours).max() < 1e-4
     assert ImageSettings.from_dict(settings.to_dict()) == settings
+
+
+@pytest.mark.parametrize(("off", "refused"), [(5e-5, False), (5e-4, True)])
+def test_a_processor_is_refused_where_it_differs_by_more_than_the_page_says(off, refused):
+    pytest.importorskip("transformers")
+    from transformers import CLIPImageProcessorPil
+
+    from packlight.families.dual_processing import image_settings
+
+    made = CLIPImageProcessorPil()
+
+    def process(picture):
+        found = made(images=Image.fromarray(picture), return_tensors="pt")["pixel_values"].float()
+        return found + off * bool(picture.std())  # a picture of one colour, which the settings are made from, is exact
+
+    process.original = made
+    if refused:
+        with pytest.raises(ModelError, match="its pixels differ"):
+            image_settings(process, "here")
+    else:
+        image_settings(process, "here")
 
 
 def test_a_strip_is_cut_before_it_is_scaled():

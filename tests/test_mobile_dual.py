@@ -215,6 +215,10 @@ def test_emoji_have_words_and_those_without_are_left_out(tmp_path, monkeypatch):
     (tmp_path / "set-2.tgz").write_bytes(b"other")
     with pytest.raises(SystemExit, match="not the archive that npm publishes"):
         list(emojis.emojis(tmp_path))
+    (tmp_path / "set-2.tgz").unlink()
+    monkeypatch.setenv("npm_config_registry", "file:///etc")
+    with pytest.raises(SystemExit, match=r"no web address\. Put it at .*set-2\.tgz yourself: npm pack @a/set@2"):
+        list(emojis.emojis(tmp_path))
 
 
 def test_pairs_with_the_same_words_are_no_wrong_answers():

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+import small_dual
+import small_sound
 from packlight.bundle import open_bundle
 from packlight.compress import check, compress_
 from packlight.deploy import deploy
 from packlight.errors import PlanError
 from packlight.loading import load
 from packlight.plan import Plan, Step
+from packlight.pruning_plan import measure_effects
 from packlight.serve import open_served
 from packlight.structure import coupled
 from packlight.techniques.prune_structure import PruneStructureConfig, prune_structure_
@@ -160,6 +163,21 @@ def test_a_pruned_dual_encoder_s_bundle_says_what_torch_says(tmp_path: Path) -> 
 def test_wrong_settings_are_refused_before_work(folder: Path, config: dict[str, Any], sentence: str) -> None:
     with pytest.raises(PlanError, match=sentence):
         check(plan_of(config), load(str(folder)), "given")
+
+
+@pytest.mark.parametrize(
+    ("kind", "block", "tower"), [("align", "vision_model.encoder.blocks.1", "vision"),
+                                 ("clap", "audio_model.audio_encoder.layers.0", "audio")],
+)  # fmt: skip
+def test_towers_of_stages_are_refused_by_name(tmp_path: Path, kind: str, block: str, tower: str) -> None:
+    """As the page says: not ALIGN's pictures and not CLAP's sounds, but the texts of both."""
+    saved = small_sound.save_model(tmp_path / kind) if kind == "clap" else small_dual.save_model(tmp_path / kind, kind)
+    model = load(str(saved))
+    for config in ({"hidden": {block: 16}}, {"layers": [block]}):
+        with pytest.raises(PlanError, match=rf"{block} (has no hidden|is no block) .*text_model"):
+            check(Plan((Step("prune_structure", config), Step("float16")), "dual-encoder"), model, "given")
+    with pytest.raises(PlanError, match=f"no tower '{tower}' that can be pruned. Those that can: text"):
+        measure_effects(model, [], [], (tower,), tmp_path / "effects.jsonl")
 
 
 def test_samples_are_asked_for_where_they_are_needed(folder: Path) -> None:

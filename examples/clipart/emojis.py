@@ -4,17 +4,16 @@ The same notion drawn in three hands is what Open Clip Art lacks: its series are
 out, and no picture of Open Clip Art is among them.
 """
 
-import base64
-import hashlib
 import io
 import json
-import os
 import sys
 import tarfile
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from packlight.errors import RuntimeMissing
+from packlight.npm import archive_name, download, is_archive
 
 # Package, version, and the sha512 that npm publishes for it. Pictures: Apache-2.0, MIT, CC BY 4.0; words: MIT.
 SETS = (
@@ -27,26 +26,20 @@ WORDS = (
     "4.0.3",
     "KbWiYre9aRSaPbHrHZIz9zmoM+21LAsK1VFJtnTh1VCtWE/rNMDviGhQTmselFl95dhqtGlY22iH0leG5BuW0g==",
 )
-REGISTRY = "https://registry.npmjs.org"
 _JOINERS = ("fe0f",)  # a sign that a character is to be shown in colour; lists of names differ in whether they write it
 
 
 def archive(package: tuple[str, str, str], folder: Path) -> tarfile.TarFile:
     """A package of npm's registry, downloaded where it is not in `folder` yet. Ends the command where it can't be had."""
     name, version, digest = package
-    short = f"{name.rpartition('/')[2]}-{version}.tgz"
-    file = folder / short
+    file = folder / archive_name(name, version)
     if not file.is_file():
-        named = (os.environ.get(name) for name in ("npm_config_registry", "NPM_CONFIG_REGISTRY"))
-        registry = next(filter(None, named), REGISTRY).rstrip("/")
         try:
-            with urllib.request.urlopen(f"{registry}/{name}/-/{short}", timeout=120) as answer:
-                file.write_bytes(answer.read())
-        except (OSError, ValueError) as error:
-            sys.exit(f"{name} {version} could not be downloaded from {registry} ({error}). Put it at {file} yourself: "
-                     f"npm pack {name}@{version}")  # fmt: skip
+            file.write_bytes(download(*package, f"Put it at {file} yourself: npm pack {name}@{version}"))
+        except (OSError, RuntimeMissing) as error:
+            sys.exit(str(error))
     content = file.read_bytes()
-    if base64.b64encode(hashlib.sha512(content).digest()).decode() != digest:
+    if not is_archive(content, digest):
         sys.exit(f"{file} is not the archive that npm publishes. Delete it and start again.")
     return tarfile.open(fileobj=io.BytesIO(content), mode="r:gz")
 

@@ -40,10 +40,11 @@ def bench_bundle(
         `packlight.evaluate.time_pair` gives it; 'threads', 'machine'.
 
     Raises:
-        PacklightError: no bundle, no model, or no samples there.
+        PacklightError: no bundle, no model, or no samples there; templates for frozen classes.
     """
     threads = threads_or_all(asked.threads)
     served = open_served(bundle, threads)
+    _check_templates(served, asked)
     own = served.bundle.manifest["serving"]
     language, task = asked.language or own["language"], asked.task or own["task"]
     with tempfile.TemporaryDirectory() as folder:
@@ -88,6 +89,7 @@ def bench_or_profile(
     if against:
         raise DataError("--profile looks at the bundle alone. Leave --against out.")
     served = open_served(bundle, threads_or_all(asked.threads))
+    _check_templates(served, asked)
     with tempfile.TemporaryDirectory() as folder:
         dataset = prompted(read_dataset(data or _made_up(served, Path(folder))), asked.templates)
         contents = [served.open_input(s.path, s.texts) for s in spread(dataset, PROFILED)]
@@ -125,6 +127,15 @@ def _picture(folder: Path) -> Path:
 
 def _frozen(served: Served) -> bool:
     return str(served.bundle.manifest["task"]).endswith("-classes")
+
+
+def _check_templates(served: Served, asked: Asked) -> None:
+    """Refuse templates for frozen classes, which would do nothing."""
+    if asked.templates and _frozen(served):
+        raise DataError(
+            f"{served.bundle.path} was frozen with the texts of its classes in it, so --template would do nothing. Leave "
+            "it out."
+        )
 
 
 def _check_same(model: Any, served: Served) -> None:
@@ -210,10 +221,7 @@ class _One:
 def _of_bundle(name: str, asked: Asked) -> _One:
     served = open_served(Path(name), asked.threads)
     task = served.bundle.manifest["task"]
-    if asked.templates and _frozen(served):
-        raise DataError(
-            f"{name} was frozen with the texts of its classes in it, so --template would do nothing. Leave it out."
-        )
+    _check_templates(served, asked)
     kind = "audio" if served.encoder is None else served.encoder.settings.kind
 
     def reply(content: Any) -> tuple[list[Any], str | None]:

@@ -319,7 +319,7 @@ def unpack(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the model.")],
     as_json: Json = False,
 ) -> None:
-    """Write a bundle's model as a folder of transformers with float weights, where its config can say what it is."""
+    """Write a bundle's model as a folder with float weights, as its original was, where its config can say what it is."""
     _quiet_libraries()
     from packlight.unpacking import unpack as run
     from packlight.unpacking import unpacked_text

@@ -29,6 +29,7 @@ from packlight.listing import (
     read_text,
     some,
 )
+from packlight.saved_tables import saved_rows
 from packlight.texts import checked_templates
 
 CALIBRATION_LIMIT = 128  # more samples no longer change a Gram matrix by much
@@ -133,8 +134,8 @@ def read_dataset(source: Path, *, need_text: bool = False) -> Dataset:
     Layouts, tried in this order:
       - a file of JSON lines (.jsonl, .json): 'file_name', 'audio', 'path' or 'audio_filepath' (NeMo),
         absolute or relative to the file, and 'text', 'transcription' or 'sentence';
-      - a folder saved by `save_to_disk` of the package `datasets`. Audio inside its tables is written to
-        ~/.cache/packlight/audio (or under XDG_CACHE_HOME), once, under its hash;
+      - a folder saved by `save_to_disk` of the package `datasets`. What its column of audio or of images holds is
+        written to ~/.cache/packlight/audio or images (or under XDG_CACHE_HOME), once, under its hash;
       - a folder with metadata.jsonl or metadata.csv, in it or in sub folders: the same keys, relative to that
         file and inside the folder. The samples are those that are listed;
       - a folder of audio files, searched with its sub folders (links to folders are not followed). The
@@ -290,51 +291,15 @@ def _entry(folder: Path, row: dict[str, Any], where: str) -> _Entry | str:
 
 
 def _from_tables(folder: Path, problems: _Problems) -> list[_Entry]:
-    """A folder that `datasets` saved. Its audio is written to files, since all else here works on files."""
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"{folder} needs the package that saved it. Install it: pip install datasets") from None
-    try:
-        loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder} can't be read as a datasets folder ({error}). Save it again.") from None
+    """A folder that `datasets` saved."""
     entries = []
-    for part, table in sorted(loaded.items()) if isinstance(loaded, dict) else [("", loaded)]:
-        column = next((c for c, f in table.features.items() if isinstance(f, datasets.Audio)), None)
-        if column is None:
-            raise DataError(
-                f"{folder}: {part or 'the table'} has no column of type Audio, its columns are: "
-                f"{', '.join(table.features)}. Cast one: cast_column('audio', datasets.Audio())."
-            )
-        for number, row in enumerate(table.cast_column(column, datasets.Audio(decode=False))):
-            where = f"{part} row {number}".strip()
-            path = _stored(row[column] or {})
-            found = {"file_name": path and str(path), **{k: row.get(k) for k in _TEXT_KEYS}}
-            entry = _entry(folder, found, where) if path else f"{where} holds no audio in '{column}'"
-            if isinstance(entry, _Entry):
-                entries.append(replace(entry, name=f"{part}/{number:08d}".lstrip("/")))
-            else:
-                problems.setdefault("Wrong entries", []).append(entry)
+    for name, where, row in saved_rows(folder, (*_TEXT_KEYS, *_TEXTS_KEYS, "label")):
+        entry = _entry(folder, row, where) if isinstance(row, dict) else f"{where} {row}"
+        if isinstance(entry, _Entry):
+            entries.append(replace(entry, name=name))
+        else:
+            problems.setdefault("Wrong entries", []).append(entry)
     return entries
-
-
-def _stored(audio: dict[str, Any]) -> Path | None:
-    """The file of an undecoded `datasets` audio cell {'bytes', 'path'}; None when there is neither."""
-    content, name = audio.get("bytes"), audio.get("path")
-    if not content:
-        return Path(name) if name else None
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "packlight" / "audio"
-    path = cache / (hashlib.sha256(content).hexdigest() + Path(name or "").suffix)
-    if not is_file(path):
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(content)
-            part.replace(path)
-        except OSError as error:
-            raise DataError(f"{path} can't be written ({error.strerror}). Set XDG_CACHE_HOME elsewhere.") from None
-    return path
 
 
 def _checked(folder: Path, entries: list[_Entry], problems: _Problems) -> tuple[Sample, ...]:

@@ -30,6 +30,7 @@ Config = dict[str, Any]
 _STRIDE = 32  # a side is a multiple of what the tower divides it by
 _LEAST = 1.5  # expansion that a budget leaves
 _STEPS = 200  # in which a budget takes hidden channels out
+_USED = 0.8  # of the budget, by a side that nobody named
 _NEAR = 4  # batches that designs are compared on
 
 
@@ -41,7 +42,7 @@ class Design:
         share: of the teacher's multiply-adds or parameters that it has at most; 0 for no budget.
         unit: which of both.
         size: side of its pictures in pixels, or several to try; none for the teacher's, with a budget in multiply-adds
-            also the smaller ones down to half.
+            also the smaller ones down to half whose towers use most of it.
         depth: share of the blocks of each stage, or several to try; each stage keeps its first.
         width: share of the channels between blocks.
         expansion: share of the hidden channels; None for as many as the budget has room for. 0 leaves none: depthwise
@@ -166,7 +167,18 @@ def designs(config: Config, side: int, design: Design) -> list[Config]:
             f"No vision tower of this design has {design.share:.0%} of its teacher's {design.unit}. Give it a larger share, "
             "or a smaller size, depth or width."
         )
-    return found
+    return found if design.size or not most else _using(found, most, design.unit)
+
+
+def _using(found: list[Config], most: float, unit: str) -> list[Config]:
+    """Those with a side at which a tower uses most of the budget, where there is one.
+
+    Before training a tower that lost no channel looks better than a larger one that did, whatever both can learn.
+    """
+    used: dict[int, float] = {}
+    for config in found:
+        used[config["size"]] = max(used.get(config["size"], 0.0), cost(config, config["size"], unit))
+    return [c for c in found if used[c["size"]] >= _USED * most] or found
 
 
 # Inheriting ---------------------------------------------------------------------------------------------------------

@@ -102,7 +102,8 @@ def _towers(model: Model, names: Sequence[str]) -> list[Tower]:
     found = {t.name: t for t in model.family.towers if coupled(model.module, t)}
     for name in names:
         if name not in found:
-            raise PlanError(f"There is no tower {name!r} that can be pruned. Those that can: {', '.join(found)}.")
+            known = ", ".join(found) or "none in this model"
+            raise PlanError(f"There is no tower {name!r} that can be pruned. Those that can: {known}.")
     return [found[name] for name in names]
 
 

@@ -97,13 +97,12 @@ def keep(model: Model, weights: Mapping[str, Array]) -> tuple[dict[str, Any], di
         "files": _files(model),
         "tensors": elsewhere,
     }
-    return {"reload": "transformers" if expressible(model) else "packlight", "model": described}, more
+    theirs = model.source.architecture != ARCHITECTURE
+    return {"reload": "transformers" if theirs and expressible(model) else "packlight", "model": described}, more
 
 
 def expressible(model: Model) -> bool:
-    """Whether an architecture of transformers, with the model's config, has exactly the model's weights."""
-    if model.source.architecture == ARCHITECTURE:
-        return False
+    """Whether its architecture, with the config that the model has now, has exactly the model's weights."""
     try:
         fresh = skeleton(model.source.architecture, _config(model))
     except BundleError:
@@ -198,9 +197,11 @@ def description(bundle: Bundle) -> dict[str, Any]:
     """The manifest's 'model', checked key by key. Raises BundleError."""
     found = bundle.manifest.get("model")
     if found is None:
+        frozen = str(bundle.manifest.get("task")).endswith("-classes")
+        lacks = "has frozen classes and no text tower, so" if frozen else "was written by an older packlight:"
         raise BundleError(
-            f"{bundle.path} holds no description of its PyTorch model: it has frozen classes, or an older packlight wrote "
-            "it. `packlight apply` of its plan to the original gives one that does."
+            f"{bundle.path} {lacks} it holds no description of its PyTorch model. `packlight apply` of its plan to the "
+            "original gives a bundle that does."
         )
     if isinstance(found, dict):
         found = {"base": {}, **found}

@@ -105,9 +105,17 @@ def _channels(module: nn.Module, block: str, paths: Sequence[str]) -> list[Coupl
 
 
 def droppable(module: nn.Module, tower: Tower) -> list[str]:
-    """Paths of the blocks that can be taken out: what leaves them has the shape of what enters."""
+    """Paths of the blocks that can be taken out: what leaves them has the shape of what enters.
+
+    Of blocks of convolutions only our own say whether that is so.
+    """
     paths = [f"{tower.blocks}.{i}" for i in range(blocks_of(module, tower))] if tower.chained else []
-    return [p for p in paths if getattr(module.get_submodule(p), "residual", True)]
+    blocks = {p: module.get_submodule(p) for p in paths}
+    return [p for p, block in blocks.items() if getattr(block, "residual", not _convolves(block))]
+
+
+def _convolves(block: nn.Module) -> bool:
+    return any(isinstance(layer, nn.Conv2d) for layer in block.modules())
 
 
 def blocks_of(module: nn.Module, tower: Tower) -> int:

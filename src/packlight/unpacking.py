@@ -1,4 +1,7 @@
-"""From a bundle to a folder that transformers loads unchanged, where its architecture's config can say what it is."""
+"""From a bundle to a folder with plain float weights, where its architecture's config can say what it is.
+
+transformers loads such a folder unchanged; one of our own architecture is for `packlight.load`, as its original is.
+"""
 
 import shutil
 from dataclasses import dataclass
@@ -7,9 +10,10 @@ from typing import Any
 
 from packlight.bundle import folder_bytes, open_bundle
 from packlight.errors import BundleError
+from packlight.families.mobile_dual import ARCHITECTURE, write_module
 from packlight.layers import CodeLinear
 from packlight.model import Model
-from packlight.reloading import description, floats, reload, skeleton, write_inputs
+from packlight.reloading import description, expressible, floats, reload, skeleton, write_inputs
 from packlight.target import format_bytes
 
 _CARD = """---
@@ -19,7 +23,7 @@ base_model: {name}
 
 # {name}, unpacked from a bundle of packlight
 
-Plain float weights: the codes of the bundle times their scales. `transformers` loads this folder as it loads the original.{differs}
+Plain float weights: the codes of the bundle times their scales. `{reader}` loads this folder as it loads the original.{differs}
 """
 
 
@@ -30,7 +34,7 @@ class Unpacked:
     Args:
         path: of the folder.
         bytes: of its files.
-        differs: sentences on what the bundle does and transformers does not.
+        differs: sentences on what the bundle does and the folder's model does not.
     """
 
     path: Path
@@ -39,7 +43,7 @@ class Unpacked:
 
 
 def unpack(bundle: Path, out: Path) -> Unpacked:
-    """Write the model of a bundle as a folder of transformers, with float32 weights.
+    """Write the model of a bundle as the folder that its original would be, with float32 weights.
 
     Args:
         bundle: its folder.
@@ -50,26 +54,23 @@ def unpack(bundle: Path, out: Path) -> Unpacked:
     """
     opened = open_bundle(bundle)
     described = description(opened)
-    if opened.manifest.get("reload") != "transformers":
-        raise BundleError(
-            f"{bundle} has layers that no config of {opened.manifest['source']['architecture']} can say, so only "
-            "packlight.load reads it."
-        )
+    own = opened.manifest["source"].get("architecture") == ARCHITECTURE
+    if not own and opened.manifest.get("reload") != "transformers":
+        raise _unsaid(bundle, opened.manifest)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BundleError(f"{out} exists and is not empty, so nothing was written. Choose another folder.")
     model = reload(bundle)
+    if own and not expressible(model):
+        raise _unsaid(bundle, opened.manifest)
     draft = out.with_name(out.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     differs = _differs(model)
     try:
-        plain = _plain(model)
-        plain.save_pretrained(draft)
-        config = (draft / "config.json").read_text(encoding="utf-8")
-        write_inputs(draft, described, model.tokenizer)
-        (draft / "config.json").write_text(config, encoding="utf-8")  # as transformers writes it
+        (_write_own if own else _write)(draft, model, described)
         note = "".join(f" {sentence}" for sentence in differs)
-        card = _CARD.format(licence=model.source.licence, name=model.source.name, differs=note)
+        names = {"licence": model.source.licence, "name": model.source.name}
+        card = _CARD.format(**names, reader="packlight.load" if own else "transformers", differs=note)
         (draft / "README.md").write_text(card, encoding="utf-8")
         if out.exists():
             out.rmdir()
@@ -79,12 +80,37 @@ def unpack(bundle: Path, out: Path) -> Unpacked:
     return Unpacked(out, folder_bytes(out), differs)
 
 
+def _unsaid(bundle: Path, manifest: dict[str, Any]) -> BundleError:
+    return BundleError(
+        f"{bundle} has layers that no config of {manifest['source']['architecture']} can say, so only "
+        "packlight.load reads it."
+    )
+
+
+def _write(folder: Path, model: Model, described: dict[str, Any]) -> None:
+    """Write model and inputs as transformers reads them."""
+    _plain(model).save_pretrained(folder)
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    write_inputs(folder, described, model.tokenizer)
+    (folder / "config.json").write_text(config, encoding="utf-8")  # as transformers writes it
+
+
+def _write_own(folder: Path, model: Model, described: dict[str, Any]) -> None:
+    """Write a model of our own architecture; a smaller vision tower may take other pictures than its original's."""
+    write_inputs(folder, described, model.tokenizer)
+    plain = _plain(model)
+    write_module(folder, plain, plain.config.to_dict())
+    (folder / "processor_config.json").unlink(missing_ok=True)  # it would go before the file that follows
+    model.settings["processor"].original.save_pretrained(folder)
+
+
 def _plain(model: Model) -> Any:
     """The architecture's own module with the float weights."""
     config = model.module.config
     plain: Any = skeleton(model.source.architecture, config.to_dict())  # type: ignore[operator, union-attr]
     plain.load_state_dict(floats(model.module), assign=True)
-    plain.tie_weights()
+    if hasattr(plain, "tie_weights"):
+        plain.tie_weights()
     made = getattr(model.module, "generation_config", None)
     if made is not None:
         plain.generation_config = made

@@ -1,16 +1,13 @@
 """The runtime that runs in a browser: two files of onnxruntime-web, from a folder, the user's cache, or npm's registry."""
 
-import base64
-import hashlib
 import io
 import os
 import sys
 import tarfile
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from packlight.errors import RuntimeMissing
+from packlight.npm import archive_name, download, is_archive
 
 VERSION = "1.30.0"
 SCRIPT, WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
@@ -31,11 +28,10 @@ WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEM
 COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
 OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
-_ARCHIVE = f"onnxruntime-web-{VERSION}.tgz"
+_PACKAGE = "onnxruntime-web"
 # The integrity that npm publishes for this archive.
 _SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
-_REGISTRY = "https://registry.npmjs.org"
-_MOST = 64 * 2**20
+_ADVICE = f"Fetch it elsewhere with `npm pack {_PACKAGE}@{VERSION}`, unpack it and name the folder with --runtime DIR."
 
 
 def runtime_files(folder: Path | None = None) -> tuple[bytes, bytes]:
@@ -50,10 +46,10 @@ def runtime_files(folder: Path | None = None) -> tuple[bytes, bytes]:
     """
     if folder is not None:
         return _from_folder(folder)
-    cached = cache_folder() / _ARCHIVE
+    cached = cache_folder() / archive_name(_PACKAGE, VERSION)
     archive = cached.read_bytes() if cached.is_file() else b""
-    if not _is_ours(archive):
-        archive = _download()
+    if not is_archive(archive, _SHA512):
+        archive = download(_PACKAGE, VERSION, _SHA512, _ADVICE)
         _keep(cached, archive)
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as packed:
         script, wasm = (packed.extractfile(f"package/dist/{name}") for name in (SCRIPT, WASM))
@@ -80,28 +76,6 @@ def _from_folder(folder: Path) -> tuple[bytes, bytes]:
     raise RuntimeMissing(
         f"{folder} holds no {SCRIPT} and {WASM}. Name the dist folder of onnxruntime-web {VERSION}, as npm installs it."
     )
-
-
-def _is_ours(archive: bytes) -> bool:
-    return base64.b64encode(hashlib.sha512(archive).digest()).decode() == _SHA512
-
-
-def _download() -> bytes:
-    named = (os.environ.get(name) for name in ("npm_config_registry", "NPM_CONFIG_REGISTRY"))
-    registry = next(filter(None, named), _REGISTRY)
-    address = f"{registry.rstrip('/')}/onnxruntime-web/-/{_ARCHIVE}"
-    advice = f"Fetch it elsewhere with `npm pack onnxruntime-web@{VERSION}`, unpack it and name the folder with --runtime DIR."
-    if not address.startswith(("https://", "http://")):
-        raise RuntimeMissing(f"The npm registry {registry} is no web address. {advice}")
-    try:
-        with urllib.request.urlopen(address, timeout=60) as answer:  # the sha512 below says what is taken
-            archive: bytes = answer.read(_MOST)
-    except (OSError, ValueError, urllib.error.URLError) as error:
-        reason = getattr(error, "reason", error)
-        raise RuntimeMissing(f"onnxruntime-web could not be downloaded from {address} ({reason}). {advice}") from None
-    if not _is_ours(archive):
-        raise RuntimeMissing(f"What came from {address} is not the archive that npm publishes. {advice}")
-    return archive
 
 
 def _keep(path: Path, archive: bytes) -> None:

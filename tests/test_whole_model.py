@@ -9,12 +9,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from packlight.compress import compress_, old_ids
+from packlight.compress import compress_
 from packlight.errors import PlanError
 from packlight.loading import load
 from packlight.plan import Plan, Step
 from packlight.techniques.prune_vocabulary import PruneVocabularyConfig, prune_
 from packlight.techniques.tune_scales import TuneScalesConfig, tunable, tune_
+from packlight.vocabulary_applying import old_ids
 from packlight.vocabulary_rewrite import encode_ids, remap_ids
 from small_whisper import save_model
 

@@ -14,7 +14,7 @@ from packlight.data import CALIBRATION_LIMIT, Dataset, prompted, read_dataset, s
 from packlight.deploy import deploy
 from packlight.errors import DataError
 from packlight.evaluate import answers, spread, threads_or_all
-from packlight.families import Batch, Family
+from packlight.families import BESIDE, Batch, Family
 from packlight.loading import load
 from packlight.model import Model
 from packlight.plan import Plan
@@ -26,6 +26,7 @@ Progress = Callable[[str, int, int], None]
 
 OBSERVED = 40  # calibration samples for the Gram matrices
 JUDGED = 10  # further ones for sensitivity
+_BESIDE = 20_000  # texts of further ones
 _OURS = ("work", "result.json", "plan.json", "bundle", "report.html", "log.jsonl", "sweep.json", "plans", "bundles")
 
 
@@ -122,6 +123,11 @@ def _grouped(model: Model, calibration: Dataset, limit: int) -> list[Batch]:
         inputs = [family.open_input(s.path, s.texts) for s in samples[start : start + size]]
         if len(inputs) > 1 or not batches:
             batches.append(family.prepare(model.module, inputs, [], [], model.settings))
+    picked = {id(s) for s in samples}
+    texts = [s.texts[0] for s in calibration.samples if s.texts and id(s) not in picked]
+    if texts and batches:  # no tower is run on these, but they say which tokens are read, and how often
+        some = texts[:: -(-len(texts) // _BESIDE)]
+        batches[0][BESIDE] = model.settings["tokenizer"](some)[family.reads]
     return batches
 
 

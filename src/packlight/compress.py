@@ -8,7 +8,6 @@ first block, each block, and last the layers after all towers (the head).
 import copy
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -25,23 +24,20 @@ from packlight.layers import Edit
 from packlight.model import Model
 from packlight.plan import Plan, Step, StepRecord, write_json
 from packlight.quant import bound, distortion
-from packlight.reloading import described, write_inputs
 from packlight.restructuring import check_restructuring, needing_samples, restructure_
 from packlight.tables import TECHNIQUES
 from packlight.techniques import Compressed, Technique
 from packlight.techniques.audio_context import AUDIO_CONTEXT, check_context, shorten_
 from packlight.techniques.distill import DISTILL, check_distill, distill_
-from packlight.techniques.prune_vocabulary import PRUNE_VOCABULARY, prune_
 from packlight.techniques.static_int8 import seen
 from packlight.techniques.tune_scales import TUNE_SCALES, tune_
-from packlight.vocabulary_rewrite import decode_ids, remap_ids
+from packlight.vocabulary_applying import without_rows_
 from packlight.waves import Measure, silent, wave_names, waves
 from packlight.windows import is_matrix
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 _SEEN = 640  # samples from which on a Gram matrix no longer changes by much: of lessons every so many batches
-_SAME = 1e-4  # how far a vector of length 1 may move where nothing was changed but ids
 
 
 @dataclass(frozen=True)
@@ -160,7 +156,7 @@ def compress_(
     """
     found = check(plan, model, plan.calibration.get("sha256") or ("given" if batches else None))
     work.mkdir(parents=True, exist_ok=True)
-    batches = _prune(model, plan, batches)
+    batches = without_rows_(model, plan, batches)
     original = copy.deepcopy(model.module) if _step_of(plan, DISTILL) is not None else None
     context = _config_of(plan, AUDIO_CONTEXT)
     if context is not None:
@@ -239,58 +235,6 @@ def _distill(
     assert step is not None
     how = (DISTILL.config(**step.config), step.scope, plan.seed)
     distill_(model, teacher, batches, how, work, progress, plan.key)
-
-
-def _prune(model: Model, plan: Plan, batches: Sequence[Batch]) -> Sequence[Batch]:
-    """Take rows out of the vocabulary where the plan says so. Returns the batches with the ids that the rest has."""
-    config = _config_of(plan, PRUNE_VOCABULARY)
-    if config is None:
-        return batches
-    family, kept = model.family, set(decode_ids(config.kept)[0])
-    left = [found for b in batches if (found := _covered(b, family.reads, kept)) is not None]
-    if batches and not left:
-        raise PlanError("Every calibration sample has words that the plan prunes. Give it others, or keep more tokens.")
-    lost = sum(len(b[family.reads]) for b in batches) - sum(len(b[family.reads]) for b in left)
-    if lost:
-        log.warning("%d calibration samples have words that the plan prunes: left out.", lost)
-    before = [_words_of(model, b) for b in left[:1]]
-    new = prune_(model, config).old_to_new
-    if family.bind is not None:  # its processing and its graphs' examples hold ids
-        with tempfile.TemporaryDirectory() as folder:
-            write_inputs(Path(folder), described(model), model.tokenizer)
-            model.settings = family.equip(model.module, Path(folder), model.settings, model.tokenizer)
-        model.family = family.bind(family, model.module, model.settings)
-    left = [{**b, family.reads: torch.tensor([remap_ids(ids, new) for ids in b[family.reads].tolist()])} for b in left]
-    for batch, vectors in zip(left, before, strict=False):
-        if vectors is not None and not torch.allclose(vectors, _words_of(model, batch), atol=_SAME):
-            raise PlanError(
-                f"{model.source.architecture} reads texts otherwise once tokens are gone, even texts that need none of "
-                "them. Leave out the step that prunes the vocabulary."
-            )
-    return left
-
-
-def _covered(batch: Batch, key: str, kept: set[int]) -> Batch | None:
-    """The samples of a batch whose token ids all stay; None where there are none."""
-    ids = batch[key]
-    rows = [i for i, row in enumerate(ids.tolist()) if kept.issuperset(row)]
-    if len(rows) in (0, len(ids)):
-        return batch if rows else None
-    return {k: v[rows] if v.dim() and len(v) == len(ids) else v for k, v in batch.items()}
-
-
-def _words_of(model: Model, batch: Batch) -> Tensor | None:
-    """The vectors of a batch's texts; None for a family that compares nothing."""
-    if model.family.sides is None or model.family.reads not in batch:
-        return None
-    with torch.no_grad():
-        return model.family.sides(model.module, batch)[1]
-
-
-def old_ids(plan: Plan) -> tuple[int, ...] | None:
-    """The ids that the original's vocabulary has for those of a pruned one, in their order; None when none is pruned."""
-    config = _config_of(plan, PRUNE_VOCABULARY)
-    return None if config is None else decode_ids(config.kept)[0]
 
 
 def _with_costs(costs: dict[str, Tensor], paths: list[str], measure: Measure) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from packlight.errors import PlanError
-from packlight.families import Batch
+from packlight.families import Batch, ids_read
 from packlight.model import Model
 from packlight.plan import Step
 from packlight.sensitivity import Progress, divergence
@@ -70,12 +70,13 @@ def prunings(
         return [Pruning()]
     scope, rows = next((pair for pair in family.tied), tables), int(table.num_embeddings)  # type: ignore[arg-type]
     known = read_vocabulary(model.tokenizer, rows)
-    words = [[int(i) for i in b[family.reads].flatten()] for b in (*observed, *judged)]
+    own = ids_read(observed, family.reads)
+    words = [[int(i) for i in ids.flatten()] for ids in (*own, *ids_read(judged, family.reads))]
     usages: list[Usage] = []
-    for i, own in enumerate((words[: len(observed)], words)):
+    for i, said in enumerate((words[: len(own)], words)):
         if progress:
             progress("counting how often each token is used", i, 2)
-        usages.append(measure_usage(model.tokenizer, rows, languages=languages, texts=texts, words=own))
+        usages.append(measure_usage(model.tokenizer, rows, languages=languages, texts=texts, words=said))
     if progress:
         progress("counting how often each token is used", 2, 2)
     loss = _writing(model, judged) if family.sides is None else _reading(model, judged, rows)
@@ -83,7 +84,7 @@ def prunings(
     for share in _SHARES:
         size = int(rows * share)
         try:
-            blind = choose(known, usages[0], size=size, always={i for w in words[: len(observed)] for i in w})
+            blind = choose(known, usages[0], size=size, always={i for w in words[: len(own)] for i in w})
             kept = choose(known, usages[1], size=size, always={i for w in words for i in w})
         except PlanError:  # fewer than what must stay
             continue

@@ -25,7 +25,7 @@ from packlight.applying import (
     together,
 )
 from packlight.bundle import is_bundle, open_bundle
-from packlight.compress import check, compress_, old_ids
+from packlight.compress import check, compress_
 from packlight.data import Dataset, check_disjoint, prompted, read_dataset, split
 from packlight.deploy import deploy, ladder, parity, versions
 from packlight.errors import DataError, TargetError
@@ -48,6 +48,7 @@ from packlight.serve import open_served
 from packlight.speeding import Slow, lighter
 from packlight.target import Target
 from packlight.verdict import conclude, missed
+from packlight.vocabulary_applying import old_ids
 from packlight.vocabulary_usage import check_language, has_word_list, read_texts, texts_sha256
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight.context import AudioContext
-from packlight.families import Batch, Part
+from packlight.families import Batch, Part, ids_read
 from packlight.information import bits_between, row_costs
 from packlight.layers import ACTIVATIONS
 from packlight.model import Model
@@ -79,15 +79,16 @@ def measure_grams(model: Model, batches: Sequence[Batch], progress: Progress | N
             if progress:
                 progress("observing activations", i + 1, len(batches))
 
-    ids, family = [b[model.family.reads] for b in batches], model.family
+    family = model.family
     with torch.no_grad(), grams(layers) as sums:
         if family.tied:
-            use = token_use(logits(), ids)
+            use = token_use(logits(), [b[family.reads] for b in batches])
             uses = {f"{table}.use": use for table, _ in family.tied}
         else:
             for _ in logits():
                 pass
-            uses = {f"{t}.use": read_use(ids, model.layers()[t].num_embeddings) for t in family.tables}
+            read = ids_read(batches, family.reads)
+            uses = {f"{t}.use": read_use(read, model.layers()[t].num_embeddings) for t in family.tables}
     return {**sums, **row_costs(model, batches, model.layers(), progress=progress), **uses}
 
 

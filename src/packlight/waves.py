@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from packlight.families import Batch, Tower
+from packlight.families import Batch, Tower, ids_read
 from packlight.model import Model
 from packlight.observe import grams, ranges, read_use, token_use
 from packlight.windows import is_matrix
@@ -106,7 +106,7 @@ def _measure_front(model: Model, batches: Sequence[Batch], tower: Tower, watched
 
 def _looked_up(model: Model, batches: Sequence[Batch], paths: Sequence[str]) -> dict[str, Tensor]:
     """What `read_use` says of the token tables among the layers that no head is tied to."""
-    ids = [b[model.family.reads] for b in batches if model.family.reads in b]  # samples may have no words
+    ids = ids_read(batches, model.family.reads)
     tables = [p for p in model.family.tables if p in paths and ids]
     return {f"{path}.use": read_use(ids, model.layers()[path].num_embeddings) for path in tables}  # type: ignore[arg-type]
 

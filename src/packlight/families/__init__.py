@@ -14,6 +14,12 @@ from torch import Tensor, nn
 from packlight.context import AudioContext
 
 Batch = dict[str, Tensor]
+BESIDE = "texts_beside"  # key of a batch: ids [n, tokens] of further calibration texts, which no tower is run on
+
+
+def ids_read(batches: Sequence[Batch], key: str) -> list[Tensor]:
+    """The token ids under `key` that batches read, where they have words, and those of the texts beside them."""
+    return [b[name] for name in (key, BESIDE) for b in batches if name in b]
 
 
 @dataclass(frozen=True)

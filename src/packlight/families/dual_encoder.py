@@ -18,7 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from packlight.errors import DataError
-from packlight.families import Attention, Batch, Family, Graph, Part, Tower, attention_at, dual_patches, dual_sound
+from packlight.families import (
+    BESIDE,
+    Attention,
+    Batch,
+    Family,
+    Graph,
+    Part,
+    Tower,
+    attention_at,
+    dual_patches,
+    dual_sound,
+)
 from packlight.families.dual_content import (
     Pair,
     content_of,
@@ -136,7 +147,7 @@ def encode(module: nn.Module, batch: Batch) -> Batch:
 
 def _contents(module: nn.Module, batch: Batch) -> Tensor:
     """The vectors of many pictures, a few at a time where nothing learns: what is between the layers is large."""
-    content = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask")}
+    content = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask", BESIDE)}
     count = len(next(iter(content.values())))
     if torch.is_grad_enabled() or count <= _AT_ONCE:
         return content_of(module, content)

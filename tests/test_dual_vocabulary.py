@@ -13,6 +13,7 @@ from packlight import open_served
 from packlight.compress import compress_
 from packlight.deploy import deploy
 from packlight.errors import PlanError
+from packlight.families import BESIDE
 from packlight.families.dual_content import Pair
 from packlight.fewer_tokens import prunings
 from packlight.model import Model
@@ -20,6 +21,7 @@ from packlight.plan import Plan, Step
 from packlight.reloading import load
 from packlight.techniques.prune_vocabulary import step
 from packlight.vocabulary import choose, read_vocabulary
+from packlight.vocabulary_applying import without_rows_
 from packlight.vocabulary_rewrite import decode_ids
 from packlight.vocabulary_usage import measure_usage
 
@@ -89,6 +91,19 @@ def kept_step(model: Model, texts: list[str]) -> Step:
 def batch_of(model: Model, texts: list[str]) -> dict[str, Any]:
     pairs = [Pair(small_dual.picture(i), (text,)) for i, text in enumerate(texts)]
     return model.family.prepare(model.module, pairs, [], [], model.settings)
+
+
+def test_texts_beside_lose_their_rows_with_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no tower is run on is renamed like what one is; texts that need lost tokens go."""
+    model = model_of(tmp_path, "vit_bert", monkeypatch)
+    before = ids_of(model, COVERED)
+    beside = model.settings["tokenizer"]([COVERED[0], OTHER[0], COVERED[1]])["input_ids"]
+    batch = {**batch_of(model, COVERED), BESIDE: beside}
+    (left,) = without_rows_(model, Plan((kept_step(model, COVERED),), model.family.name), [batch])
+    after = ids_of(model, COVERED)
+    assert after != before and left[model.family.reads].shape == batch[model.family.reads].shape
+    assert [row[: len(ids)] for row, ids in zip(left[BESIDE].tolist(), after, strict=False)] == after[:2]
+    assert len(left[BESIDE]) == 2
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 
 from packlight.applying import Options, calibration_batches, divide
 from packlight.data import prompted, read_dataset
+from packlight.families import BESIDE
 from packlight.loading import load
 from packlight.observe import read_use
 from packlight.sensitivity import measure_grams, settings
@@ -60,3 +61,29 @@ def test_planning_and_compressing_see_the_same_use(batches) -> None:
     assert len(measured) == 1 and torch.equal(measured[0][f"{table}.use"], use)
     part = model.family.part_of(table)
     assert settings(model, part.name, 2.0)["use"] > 0
+
+
+def test_texts_that_no_tower_is_run_on_count_and_change_nothing_else(tmp_path) -> None:
+    model = load(str(save_model(tmp_path / "model")))
+    folder = save_pictures(tmp_path / "data", 24)
+    data = prompted(read_dataset(folder), needed=False)
+    words = [s.texts[0] for s in data.samples]
+    few = calibration_batches(model, data, Options(), tmp_path, None, 1)  # one batch of sixteen
+    picked = sum(len(b[model.family.reads]) for b in few)
+    assert picked < len(words) and len(few[0][BESIDE]) == len(words) - picked
+    assert all(BESIDE not in b for b in few[1:])
+    (table,) = model.family.tables
+    use, bare = (
+        measure_grams(model, given) for given in (few, [{k: v for k, v in b.items() if k != BESIDE} for b in few])
+    )
+    rows = model.layers()[table].num_embeddings
+    everything = [model.settings["tokenizer"]([w])["input_ids"] for w in words]
+    pad = model.settings["text"]["pad"]
+    counted = torch.stack([read_use(ids, rows) for ids in (everything, [b[model.family.reads] for b in few])])
+    counted[:, pad] = 0
+    expected = counted / counted.sum(1, keepdim=True)
+    for found, due in zip((use, bare), expected, strict=True):
+        own = found[f"{table}.use"].clone()
+        own[pad] = 0
+        assert torch.allclose(own / own.sum(), due)
+    assert all(torch.equal(use[k], bare[k]) for k in bare if k != f"{table}.use")

@@ -119,15 +119,16 @@ def _grouped(model: Model, calibration: Dataset, limit: int) -> list[Batch]:
     samples = spread(calibration, limit * family.group)
     size = max(2, min(family.group, len(samples) // 5))
     batches: list[Batch] = []
+    picked: set[int] = set()
     for start in range(0, len(samples), size):
-        inputs = [family.open_input(s.path, s.texts) for s in samples[start : start + size]]
-        if len(inputs) > 1 or not batches:
+        some = samples[start : start + size]
+        if len(some) > 1 or not batches:
+            inputs = [family.open_input(s.path, s.texts) for s in some]
             batches.append(family.prepare(model.module, inputs, [], [], model.settings))
-    picked = {id(s) for s in samples}
+            picked |= {id(s) for s in some}
     texts = [s.texts[0] for s in calibration.samples if s.texts and id(s) not in picked]
     if texts and batches:  # no tower is run on these, but they say which tokens are read, and how often
-        some = texts[:: -(-len(texts) // _BESIDE)]
-        batches[0][BESIDE] = model.settings["tokenizer"](some)[family.reads]
+        batches[0][BESIDE] = model.settings["tokenizer"](texts[:: -(-len(texts) // _BESIDE)])[family.reads]
     return batches
 
 

@@ -6,8 +6,8 @@ READY := .venv/ready
 MODEL ?= demo/whisper-tiny.en
 SAMPLES ?= demo/calibration
 
-# The GNU C library keeps large tensors that come and go for the next step: an epoch of a picture tower took 76 s, 131 s
-# where their memory went back to the system each time.
+# The GNU C library keeps large tensors that come and go for the next step: an epoch of a picture tower took 76 to 103 s,
+# and 131 s where their memory went back to the system each time.
 KEEPING := MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=500000000 MALLOC_MMAP_THRESHOLD_=4000000000
 
 .PHONY: demo demo-images model-images test test-slow lint bench bakeoff ablation

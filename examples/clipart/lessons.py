@@ -48,8 +48,8 @@ class Recipe:
 
     share: float = 0.5
     size: int = 0
-    views: int = 3
-    epochs: int = 9
+    views: int = 2
+    epochs: int = 6
     batch: int = 128
     rate: float = 4e-3
     frozen: int = 5

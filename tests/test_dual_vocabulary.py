@@ -20,8 +20,8 @@ from packlight.model import Model
 from packlight.plan import Plan, Step
 from packlight.reloading import load
 from packlight.techniques.prune_vocabulary import step
+from packlight.token_pruning import without_rows_
 from packlight.vocabulary import choose, read_vocabulary
-from packlight.vocabulary_applying import without_rows_
 from packlight.vocabulary_rewrite import decode_ids
 from packlight.vocabulary_usage import measure_usage
 

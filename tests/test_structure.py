@@ -11,7 +11,7 @@ SRC = Path(__file__).resolve().parent.parent / "src" / "packlight"
 FILES = sorted(SRC.rglob("*.py"))
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("rans",),
+    ("rans", "npm"),
     (
         "plan",
         "target",
@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("convolutions", "static", "designing"),
     ("structure", "pruning"),
     ("layers", "training", "distilling"),
-    ("listing", "observe", "lessons", "model", "waves"),
+    ("listing", "observe", "information", "lessons", "model", "saved_tables", "waves"),
     ("data", "inheriting"),
     ("techniques", "techniques.*", "runtimes", "runtimes.*", "serving", "serving.*"),
     ("tables",),
@@ -48,6 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "compress",
         "recovering",
         "restructuring",
+        "token_pruning",
         "searching",
         "pruning_plan",
         "evaluate",

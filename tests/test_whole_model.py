@@ -15,7 +15,7 @@ from packlight.loading import load
 from packlight.plan import Plan, Step
 from packlight.techniques.prune_vocabulary import PruneVocabularyConfig, prune_
 from packlight.techniques.tune_scales import TuneScalesConfig, tunable, tune_
-from packlight.vocabulary_applying import old_ids
+from packlight.token_pruning import old_ids
 from packlight.vocabulary_rewrite import encode_ids, remap_ids
 from small_whisper import save_model
 

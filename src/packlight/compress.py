@@ -31,7 +31,7 @@ from packlight.techniques.audio_context import AUDIO_CONTEXT, check_context, sho
 from packlight.techniques.distill import DISTILL, check_distill, distill_
 from packlight.techniques.static_int8 import seen
 from packlight.techniques.tune_scales import TUNE_SCALES, tune_
-from packlight.vocabulary_applying import without_rows_
+from packlight.token_pruning import without_rows_
 from packlight.waves import Measure, silent, wave_names, waves
 from packlight.windows import is_matrix
 

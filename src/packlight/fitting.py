@@ -47,8 +47,8 @@ from packlight.sensitivity import Level, activations, contexts, measure_grams, p
 from packlight.serve import open_served
 from packlight.speeding import Slow, lighter
 from packlight.target import Target
+from packlight.token_pruning import old_ids
 from packlight.verdict import conclude, missed
-from packlight.vocabulary_applying import old_ids
 from packlight.vocabulary_usage import check_language, has_word_list, read_texts, texts_sha256
 
 log = logging.getLogger(__name__)

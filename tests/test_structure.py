@@ -11,7 +11,7 @@ SRC = Path(__file__).resolve().parent.parent / "src" / "packlight"
 FILES = sorted(SRC.rglob("*.py"))
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("rans", "npm"),
+    ("rans", "npm", "heap"),
     (
         "plan",
         "target",

@@ -16,9 +16,10 @@ from packlight.bundle import Bundle, open_bundle, verify
 from packlight.byte_pairs import speller, with_merges
 from packlight.codec import read_weights
 from packlight.errors import BundleError, DataError
+from packlight.heap import give_back
 from packlight.images import read_image
 from packlight.rows import rows_of
-from packlight.runtimes.onnx import Opened, give_back, open_graphs
+from packlight.runtimes.onnx import Opened, open_graphs
 from packlight.serving import dual_encoder
 from packlight.serving.dual_encoder import Encoder
 from packlight.serving.whisper import Settings, Transcript, transcribe

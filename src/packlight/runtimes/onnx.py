@@ -1,7 +1,5 @@
 """Opening a bundle's graphs in ONNX Runtime. No torch: this runs on the device."""
 
-import contextlib
-import ctypes
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from packlight.errors import BundleError, RuntimeMissing
+from packlight.heap import give_back
 from packlight.runtimes.onnx_tables import IDS, fed, row_kernel, unpacked
 from packlight.runtimes.onnx_wire import external_names
 
@@ -96,7 +95,7 @@ def open_graphs(
         later = {w for other in list(needs)[number + 1 :] for w in needs[other]}
         values = {w: value for w, value in values.items() if w in later}
         del options, held
-        give_back()
+        give_back()  # the packed copies that the kernels use have replaced what was decoded
     return opened
 
 
@@ -157,12 +156,6 @@ def _failures() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return tuple(e for e in vars(state).values() if isinstance(e, type) and issubclass(e, Exception))
-
-
-def give_back() -> None:
-    """Return freed memory to the system: the packed copies that the kernels use have replaced what was decoded."""
-    with contextlib.suppress(OSError, AttributeError):  # only the GNU C library has it, and only it needs it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _opened(session: Any, rows: Mapping[str, Rows], fixed: Mapping[str, Any]) -> Opened:

@@ -36,10 +36,11 @@ from packlight.runtimes.onnx_static import join, static_conv
 
 OPSET = 18
 _EXTERNAL = 256  # bytes: smaller constants stay in the graph
+_KINDS = {"T": "float", "B": "uint8", "C": "int8"}
 
 
 def _contrib(name: str, inputs: dict[str, str], attributes: dict[str, Any]) -> Op:
-    """An operator of ONNX Runtime's own domain: inputs by name with their kind, T float or B bytes; one float output."""
+    """An operator of ONNX Runtime's own domain: inputs by name with their kind, a key of `_KINDS`; one float output."""
     schema = OpSchema(
         name,
         "com.microsoft",
@@ -47,7 +48,7 @@ def _contrib(name: str, inputs: dict[str, str], attributes: dict[str, Any]) -> O
         inputs=[OpSchema.FormalParameter(i, kind) for i, kind in inputs.items()],
         outputs=[OpSchema.FormalParameter("Y", "T")],
         type_constraints=[
-            (k, [f"tensor({t})"], "") for k, t in (("T", "float"), ("B", "uint8")) if k in inputs.values()
+            (k, [f"tensor({t})"], "") for k, t in _KINDS.items() if k == "T" or k in inputs.values()
         ],
         attributes=[OpSchema.Attribute(a, kind, "") for a, kind in attributes.items()],
     )
@@ -55,6 +56,12 @@ def _contrib(name: str, inputs: dict[str, str], attributes: dict[str, Any]) -> O
 
 
 _NUMBER = OpSchema.AttrType.INT
+_GELU = {"none": _contrib("Gelu", {"X": "T"}, {}), "tanh": _contrib("FastGelu", {"X": "T"}, {})}
+_MATMUL_INTEGER = _contrib(
+    "MatMulIntegerToFloat",
+    {"A": "B", "codes": "C", "a_scale": "T", "b_scale": "T", "a_zero_point": "B"},
+    {},
+)
 _MATMUL_NBITS = _contrib(
     "MatMulNBits",
     {"A": "T", "B": "B", "scales": "T", "zero_points": "B"},
@@ -79,15 +86,21 @@ def _code_linear(x: Any, codes: Any, scale: Any, activations: str) -> Any:
     if activations == "float":
         return op.MatMul(x, op.Mul(op.Cast(codes, to=_FLOAT), scale))
     if activations == "int8_rows":
-        peak = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]))
-        peak = op.Max(peak, op.Constant(value_float=1e-12))
+        last = op.Constant(value_ints=[-1])
+        peak = op.Max(op.ReduceMax(x, last), op.Neg(op.ReduceMin(x, last)), op.Constant(value_float=1e-12))
         half = op.Constant(value=ir.tensor(np.array(128, dtype=np.uint8)))
-        rounded = op.QuantizeLinear(op.Div(x, peak), op.Constant(value_float=1 / 127), half)
-        product = op.Cast(op.MatMulInteger(rounded, codes, half), to=_FLOAT)
-        return op.Mul(op.Mul(product, op.Mul(scale, op.Constant(value_float=1 / 127))), peak)
+        step = op.Constant(value_float=1 / 127)
+        rounded = op.QuantizeLinear(op.Div(x, peak), step, half)
+        if len(x.shape) == 2:  # one row, maybe times a table, which `onnx_tables` looks for
+            return op.Mul(op.Mul(op.Cast(op.MatMulInteger(rounded, codes, half), to=_FLOAT), op.Mul(scale, step)), peak)
+        return op.Mul(_MATMUL_INTEGER(rounded, codes, step, scale, half), peak)
     quantized, step, zero = op.DynamicQuantizeLinear(x)
     product = op.Cast(op.MatMulInteger(quantized, codes, zero), to=_FLOAT)
     return op.Mul(product, op.Mul(step, scale))
+
+
+def _gelu(x: Any, approximate: str = "none") -> Any:
+    return _GELU[approximate](x)
 
 
 def _code_embedding(ids: Any, codes: Any, scale: Any) -> Any:
@@ -164,6 +177,7 @@ def _with_bias(query: Any, key: Any, bias: Any, scale: float) -> tuple[Any, Any]
 
 
 _TRANSLATIONS = {
+    torch.ops.aten.gelu.default: _gelu,
     torch.ops.packlight.attention.default: _attention,
     torch.ops.packlight.code_linear.default: _code_linear,
     torch.ops.packlight.code_embedding.default: _code_embedding,

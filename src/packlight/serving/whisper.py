@@ -20,6 +20,7 @@ import numpy as np
 
 from packlight.context import places, spoken_positions
 from packlight.errors import DataError
+from packlight.heap import give_back
 from packlight.serving.whisper_features import HOP, RATE, log_mel
 from packlight.serving.whisper_settings import Settings
 
@@ -148,6 +149,7 @@ def _encode(encoder: Part, settings: Settings, window: np.ndarray, seconds: dict
     """The keys and values of the window that the decoder attends to, as the runtime returned them."""
     with _timed(seconds, "features"):
         inputs = encoder_inputs(settings, window)
+        give_back()  # else the spectrum's memory counts together with the encoder's
     with _timed(seconds, "encoder"):
         return encoder(inputs)
 

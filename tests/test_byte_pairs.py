@@ -2,6 +2,7 @@
 
 import json
 import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,40 @@ def test_numbers_far_beyond_the_tokens_are_refused() -> None:
     known = {"decoder": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": {"a": 0, "b": 10**12}}}
     with pytest.raises(ValueError, match="far beyond"):
         speller(json.dumps(known))
+
+
+def listed(tokens: list[object]) -> str:
+    """A tokenizer.json as bundles have it, its tokens a list."""
+    known = {"decoder": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": tokens}}
+    return json.dumps(known, ensure_ascii=False, separators=(",", ":"))
+
+
+def test_tokens_of_quotes_commas_and_strokes_are_read_one_by_one() -> None:
+    tokens = [",", '"', '","', "\\", '\\"', "]", "[", '"vocab":[', "é"]
+    spelled = speller(listed(tokens))
+    assert spelled is not None
+    assert [spelled([i]) for i in range(len(tokens) - 1)] == tokens[:-1]
+
+
+@pytest.mark.parametrize("tokens", [["a", 1], [["a", 0.5]], ["a", None]])
+def test_a_list_of_other_things_is_damaged(tokens: list[object]) -> None:
+    with pytest.raises(ValueError, match="no texts"):
+        speller(listed(tokens))
+
+
+def test_a_list_that_breaks_off_is_damaged() -> None:
+    text = listed(["a", "b", "c"])
+    for end in range(text.index('"a"'), len(text)):
+        with pytest.raises(ValueError):
+            speller(text[:end])
+
+
+def test_few_tokens_are_in_memory_at_a_time() -> None:
+    text = listed([f"token {i}" for i in range(50_000)])
+    tracemalloc.start()
+    try:
+        speller(text)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3_000_000  # as a list of texts they take 4.3 million

@@ -9,6 +9,7 @@ import torch
 import packlight
 from packlight.deploy import parity
 from packlight.loading import load
+from packlight.runtimes.onnx_wire import parts_of
 from packlight.serve import open_served
 from small_whisper import save_model
 
@@ -66,3 +67,15 @@ def test_a_decoder_that_forgets_its_mask_is_noticed(made: tuple[Path, Any], monk
     found = parity(other, served, [batch()])
     assert not found["passed"]
     assert found["graph"] == "decoder"
+
+
+def test_few_passes_over_the_activations(tmp_path: Path) -> None:
+    """GELU is one operation, and a product of rows scales its integers itself, with the numbers of the model."""
+    model = save_model(tmp_path / "model")
+    step = packlight.Step("round_to_nearest", {"activations": "int8_rows"}, ("model.encoder.layers.*",))
+    bundle = packlight.apply(str(model), packlight.Plan((step, packlight.Step("float16"))), None, tmp_path / "out")
+    operators = [node.operator for node in parts_of((bundle / "encoder.onnx").read_bytes())[0]]
+    assert operators.count("Gelu") == 2 + 2  # both convolutions, and each block's feed-forward
+    assert "Erf" not in operators
+    assert operators.count("MatMulIntegerToFloat") == 2 * 6
+    assert parity(packlight.load(bundle), open_served(bundle, 1), [batch()])["error"] < 1e-3

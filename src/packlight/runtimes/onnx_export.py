@@ -47,9 +47,7 @@ def _contrib(name: str, inputs: dict[str, str], attributes: dict[str, Any]) -> O
         1,
         inputs=[OpSchema.FormalParameter(i, kind) for i, kind in inputs.items()],
         outputs=[OpSchema.FormalParameter("Y", "T")],
-        type_constraints=[
-            (k, [f"tensor({t})"], "") for k, t in _KINDS.items() if k == "T" or k in inputs.values()
-        ],
+        type_constraints=[(k, [f"tensor({t})"], "") for k, t in _KINDS.items() if k == "T" or k in inputs.values()],
         attributes=[OpSchema.Attribute(a, kind, "") for a, kind in attributes.items()],
     )
     return Op(Opset("com.microsoft", 1), name, schema)

@@ -117,7 +117,7 @@ def test_a_list_of_other_things_is_damaged(tokens: list[object]) -> None:
 def test_a_list_that_breaks_off_is_damaged() -> None:
     text = listed(["a", "b", "c"])
     for end in range(text.index('"a"'), len(text)):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="line 1 column"):
             speller(text[:end])
 
 

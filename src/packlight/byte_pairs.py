@@ -113,7 +113,7 @@ def speller(text: str) -> Callable[[Sequence[int]], str] | None:
         if token > _MOST * (len(ends) + len(added)):
             raise ValueError("its tokens have numbers far beyond their count")
         for number in range(len(ends) - 1, token + 1):  # numbers that are no token's give nothing
-            whole += spelled(added[number] if number in added else piece if number == token else None)
+            whole += spelled(added.get(number, piece if number == token else None))
             ends.append(len(whole))
 
     for token, piece in pairs:

@@ -109,11 +109,10 @@ def speller(text: str) -> Callable[[Sequence[int]], str] | None:
     whole, ends = bytearray(), array("q", [0])
 
     def tell(token: int, piece: str | None) -> None:
-        nonlocal whole
         if token > _MOST * (len(ends) + len(added)):
             raise ValueError("its tokens have numbers far beyond their count")
         for number in range(len(ends) - 1, token + 1):  # numbers that are no token's give nothing
-            whole += spelled(added.get(number, piece if number == token else None))
+            whole.extend(spelled(added.get(number, piece if number == token else None)))
             ends.append(len(whole))
 
     for token, piece in pairs:
@@ -138,21 +137,14 @@ def _apart(text: str) -> tuple[str, Iterator[str] | None]:
     if begin < 0:
         return text, None
     begin += len(_LIST)
-    end = begin
+    starts, end = array("q"), begin
     while text[end : end + 1] == '"':
+        starts.append(end + 1)
         end = scanstring(text, end + 1)[1]
         end += text[end : end + 1] == ","
     if text[end : end + 1] != "]":
         return text, None  # no list of texts, or damaged: said where it is read as a whole
-
-    def pieces() -> Iterator[str]:
-        at = begin
-        while at < end:
-            piece, at = scanstring(text, at + 1)
-            at += 1
-            yield piece
-
-    return text[:begin] + text[end:], pieces()
+    return text[:begin] + text[end:], (scanstring(text, start)[0] for start in starts)
 
 
 def _pieces(model: dict[str, Any]) -> list[str]:

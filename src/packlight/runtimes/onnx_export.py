@@ -4,7 +4,8 @@ Exporters fold the dequantization of constants into floats. Compressed layers th
 they are exported (`packlight.layers`), and this file says what each becomes:
 
 - codes with 8-bit activations: DynamicQuantizeLinear and MatMulInteger, the integer kernels that are fast on every CPU;
-  with a range per row: the rows divided by their peaks, a fixed QuantizeLinear, MatMulInteger;
+  with a range per row: the rows divided by their peaks, a fixed QuantizeLinear, MatMulIntegerToFloat;
+- GELU: one operator, where the exporter would write five passes;
 - codes with float activations: a cast, a product with the scale, a float MatMul;
 - convolutions with fixed ranges: QLinearConv (`packlight.runtimes.onnx_static`);
 - groups: MatMulNBits with integer arithmetic inside (accuracy_level 4; level 0 is 20 to 50 times slower at 8 bits);
@@ -55,7 +56,7 @@ def _contrib(name: str, inputs: dict[str, str], attributes: dict[str, Any]) -> O
 
 _NUMBER = OpSchema.AttrType.INT
 _GELU = {"none": _contrib("Gelu", {"X": "T"}, {}), "tanh": _contrib("FastGelu", {"X": "T"}, {})}
-_MATMUL_INTEGER = _contrib(
+_MATMUL_TO_FLOAT = _contrib(
     "MatMulIntegerToFloat",
     {"A": "B", "codes": "C", "a_scale": "T", "b_scale": "T", "a_zero_point": "B"},
     {},
@@ -91,7 +92,7 @@ def _code_linear(x: Any, codes: Any, scale: Any, activations: str) -> Any:
         rounded = op.QuantizeLinear(op.Div(x, peak), step, half)
         if len(x.shape) == 2:  # one row, maybe times a table, which `onnx_tables` looks for
             return op.Mul(op.Mul(op.Cast(op.MatMulInteger(rounded, codes, half), to=_FLOAT), op.Mul(scale, step)), peak)
-        return op.Mul(_MATMUL_INTEGER(rounded, codes, step, scale, half), peak)
+        return op.Mul(_MATMUL_TO_FLOAT(rounded, codes, step, scale, half), peak)
     quantized, step, zero = op.DynamicQuantizeLinear(x)
     product = op.Cast(op.MatMulInteger(quantized, codes, zero), to=_FLOAT)
     return op.Mul(product, op.Mul(step, scale))

@@ -149,7 +149,7 @@ def _encode(encoder: Part, settings: Settings, window: np.ndarray, seconds: dict
     """The keys and values of the window that the decoder attends to, as the runtime returned them."""
     with _timed(seconds, "features"):
         inputs = encoder_inputs(settings, window)
-        give_back()  # else the spectrum's memory counts together with the encoder's
+        give_back()  # else what they were made with counts together with the encoder's states
     with _timed(seconds, "encoder"):
         return encoder(inputs)
 

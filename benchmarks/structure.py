@@ -20,7 +20,8 @@ from packlight.deploy import deploy
 from packlight.loading import load
 from packlight.model import Model
 from packlight.plan import Plan, Step
-from packlight.pruning_plan import group_cost, measure_effects, prune_step, tower_cost
+from packlight.pruning_effects import measure_effects
+from packlight.pruning_plan import group_cost, prune_step, tower_cost
 from packlight.serve import open_served
 from packlight.structure import GROUPS, coupled
 from packlight.techniques.prune_structure import PruneStructureConfig, prune_structure_
@@ -37,7 +38,7 @@ ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
 def uniform(model: Model, names: Sequence[str], share: float) -> dict[str, Any]:
     """The same share of every attention, feed-forward and block of convolutions, to compare with."""
     towers = [t for t in model.family.towers if t.name in names]
-    groups = [c for t in towers for c in coupled(model.module, t)]
+    groups = [c for t in towers for c in coupled(model.module, t) if not c.attention]
     goal = share * sum(tower_cost(model, t, "operations") for t in towers)
     for percent in range(1, 100):
         keep = {(c.kind, c.path): max(1, round(c.count * (100 - percent) / 100)) for c in groups}

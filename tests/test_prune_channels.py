@@ -14,7 +14,8 @@ from packlight.errors import PlanError
 from packlight.layers import replace_
 from packlight.model import Model
 from packlight.plan import Plan, Step
-from packlight.pruning_plan import measure_effects, prune_step, tower_cost
+from packlight.pruning_effects import measure_effects
+from packlight.pruning_plan import prune_step, tower_cost
 from packlight.serve import WEIGHTS, open_served
 from packlight.structure import coupled
 from packlight.techniques import prune_structure

@@ -167,7 +167,7 @@ def uneven(folder: Path) -> Model:
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for tower in model.family.towers:
-            for c in coupled(model.module, tower):
+            for c in [c for c in coupled(model.module, tower) if not c.attention]:
                 scale = torch.logspace(0, -1.5, c.count)[torch.randperm(c.count, generator=draw)]
                 model.module.get_submodule(c.columns).weight.mul_(scale.repeat_interleave(c.size))
     return model

@@ -15,7 +15,7 @@ from packlight.deploy import deploy
 from packlight.errors import PlanError
 from packlight.loading import load
 from packlight.plan import Plan, Step
-from packlight.pruning_plan import measure_effects
+from packlight.pruning_effects import measure_effects
 from packlight.serve import open_served
 from packlight.structure import coupled
 from packlight.techniques.prune_structure import PruneStructureConfig, prune_structure_
@@ -100,8 +100,9 @@ def test_steps_that_name_a_block_mean_the_original_s(folder: Path, tmp_path: Pat
 @pytest.mark.parametrize("kind", ["clip", "siglip", "chinese_clip", "altclip", "metaclip_2", "vit_bert"])
 def test_dual_encoders_are_pruned_too(kind: str, tmp_path: Path) -> None:
     model = load(str(save_dual(tmp_path / "model", kind)))
-    groups = [c for tower in model.family.towers for c in coupled(model.module, tower)]
-    assert {c.kind for c in groups} == {"heads", "hidden"}
+    found = [c for tower in model.family.towers for c in coupled(model.module, tower)]
+    groups = [c for c in found if not c.attention]
+    assert {c.kind for c in groups} == {"heads", "hidden"} and {c.kind for c in found} > {"keys", "values"}
     assert len(groups) == 8
     for c in groups:
         with torch.no_grad():

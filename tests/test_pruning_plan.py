@@ -8,7 +8,8 @@ import torch
 
 from packlight.errors import PlanError
 from packlight.model import Model
-from packlight.pruning_plan import Effect, measure_effects, prune_step, tower_cost
+from packlight.pruning_effects import Effect, measure_effects
+from packlight.pruning_plan import prune_step, tower_cost
 from packlight.structure import coupled
 from packlight.techniques.prune_structure import PruneStructureConfig, prune_structure_
 from small_pruning import DECODER, ENCODER, batches, fresh, kill_heads_, kill_units_, logits
@@ -57,7 +58,7 @@ def counted(model: Model, tower: Any) -> float:
         if hasattr(m, "num_heads") and tower.has(f"{path}.q_proj"):
             queries = frames if ".encoder." in path else tokens
             keys = tokens if ".decoder." in path and path.endswith("self_attn") else frames
-            total += 2 * queries * keys * m.num_heads * m.head_dim
+            total += queries * keys * (len(m.q_proj.weight) + len(m.v_proj.weight))
     return total
 
 

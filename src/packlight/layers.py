@@ -98,7 +98,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, s
 
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    return torch.empty_like(query)
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 # Layers -------------------------------------------------------------------------------------------------------------

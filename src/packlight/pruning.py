@@ -6,7 +6,16 @@ in ZipLM (Kurtic et al. 2023, arXiv 2302.04089, eq. 3 and 4), one group after th
 (Optimal Brain Compression, Frantar et al. 2022, arXiv 2208.11580). What differs: where the layer has a bias, H is the
 covariance, so that the bias makes up for the mean of what goes; and the weights of what stays are solved for anew at
 the end, so no error of the updates is left in them.
+
+Inside a head no number stands alone: queries and keys matter by their products only, values by what the output layer
+makes of them, so any rotation of them computes the same. `narrowed_products` and `narrowed_values` keep the directions
+that carry most, by the singular values of the product of both weights over calibration inputs: as in ModeGPT (Lin et
+al. 2024, arXiv 2408.09632, type III) and CLOVER (Meng et al. 2024, arXiv 2411.17426). What differs: queries carry their
+bias, keys are centred, since what all scores of a query share leaves a softmax unchanged, and the output is solved for
+anew over all heads together.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -121,3 +130,78 @@ def magnitudes(rows: Tensor, columns: Tensor, size: int) -> Tensor:
 def columns_of(groups: Tensor, size: int) -> Tensor:
     """The columns of these groups, in their order."""
     return (groups[:, None] * size + torch.arange(size)).flatten()
+
+
+def narrowed_products(
+    query: Tensor, key: Tensor, second: Tensor, mean: Tensor, heads: int, keep: slice
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose heads have fewer numbers and give the scores that are nearest in the mean square.
+
+    The error of the scores of two inputs drawn independently, less what all keys share: the bias of the keys has no part
+    in that and goes.
+
+    Args:
+        query: [heads * size, in + 1], weights with bias.
+        key: [heads * size, in], weights.
+        second: [in, in], the inputs' covariance.
+        mean: [in], of the inputs.
+        heads: how many.
+        keep: which of the directions of a head stay, the strongest first.
+
+    Returns:
+        (query [heads * kept, in + 1], key [heads * kept, in]), float64.
+    """
+    whole = torch.cat([second + torch.outer(mean, mean), mean[None]])
+    whole = torch.cat([whole, torch.cat([mean, mean.new_ones(1)])[:, None]], 1)
+    asking, asked = _root(whole), _root(second)
+    queries, keys = [], []
+    for wide, other in zip(query.double().chunk(heads), key.double().chunk(heads), strict=True):
+        left, right = (torch.linalg.qr(x).R for x in (asking @ wide.T, asked @ other.T))
+        u, values, v = torch.linalg.svd(left @ right.T)
+        scale = values.clamp(min=_TINY * float(values[0]) + torch.finfo(values.dtype).tiny).rsqrt()[keep]
+        queries.append((right.T @ v[keep].T * scale).T @ wide)
+        keys.append((left.T @ u[:, keep] * scale).T @ other)
+    return torch.cat(queries), torch.cat(keys)
+
+
+def narrowed_values(out: Tensor, second: Tensor, heads: int, keep: slice) -> tuple[Tensor, Tensor]:
+    """What to make of each head's values so that fewer numbers carry most of what the output layer reads of them.
+
+    Args:
+        out: [width, heads * size], weights of the output layer.
+        second: [heads * size, heads * size], the covariance of its inputs.
+        heads: how many.
+        keep: which of the directions of a head stay, the strongest first.
+
+    Returns:
+        (mixing [heads * size, heads * kept], what the values are multiplied by; output weights [width, heads * kept] for
+        what comes of it, each head for itself), float64.
+    """
+    size = out.shape[1] // heads
+    made: list[tuple[Tensor, Tensor]] = []
+    for own in _slices(heads, size):
+        read = out[:, own].double()
+        _, values, v = torch.linalg.svd(_root(second[own, own]) @ read.T, full_matrices=False)
+        sizes = values.clamp(min=_TINY * float(values[0]) + torch.finfo(values.dtype).tiny)[keep]
+        made.append((read.T @ v[keep].T / sizes, v[keep].T * sizes))
+    return torch.block_diag(*(mixing for mixing, _ in made)), torch.cat([read for _, read in made], 1)
+
+
+def remixed(weight: Tensor, second: Tensor, mixing: Tensor, damp: float) -> Tensor:
+    """The weights that read x @ mixing in place of x with the least error, [out, mixed] in the dtype of `weight`."""
+    inner = mixing.T @ second @ mixing
+    factor = torch.linalg.cholesky(_damped(inner, damp))
+    return torch.cholesky_solve(mixing.T @ second @ weight.double().T, factor).T.to(weight.dtype)
+
+
+_TINY = 1e-9  # of the largest singular value: smaller ones are rounding
+
+
+def _root(second: Tensor) -> Tensor:
+    """F with FᵀF = `second`, whatever its rank."""
+    values, vectors = torch.linalg.eigh(second.double())
+    return values.clamp(min=0).sqrt()[:, None] * vectors.T
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(i * size, (i + 1) * size) for i in range(count))

@@ -18,7 +18,8 @@ from packlight.families import Batch
 from packlight.model import Model
 from packlight.plan import Plan
 from packlight.profiling import profile
-from packlight.pruning_plan import measure_effects, prune_step
+from packlight.pruning_effects import measure_effects
+from packlight.pruning_plan import prune_step
 from packlight.recovering import lesson
 from packlight.structure import coupled
 

@@ -1,7 +1,8 @@
 """Making a model narrower or shallower: what belongs together, and the edits that log it.
 
 Heads, hidden units and hidden channels are groups of rows and columns that go together: a head's rows of query, key and
-value with its columns of the output; a hidden unit's row and bias of the first layer with its column of the second; a
+value with its columns of the output; a number of all its heads' queries with that of their keys, or one of their values
+with the columns that read it; a hidden unit's row and bias of the first layer with its column of the second; a
 hidden channel's row of the convolution that widens an inverted residual block and its filter with its column of the one
 that narrows it.
 
@@ -9,6 +10,9 @@ Edits of this kind, all with plain JSON in `args`:
 
 - 'heads', path of the attention module: 'keep' heads of 'size' rows each stay. 'rows' names the layers that lose
   rows, 'columns' the one that loses columns; 'attributes' are set on the module at the path.
+- 'keys', path of the attention module: 'keep' numbers stay of the queries and keys of each of its 'size' heads; 'rows'
+  names both layers. 'attention' says where its layers are: it then runs `packlight.narrow_attention`.
+- 'values', path of the attention module: as 'keys', of the values; 'columns' names the output layer.
 - 'hidden', path of the block: 'keep' units stay; 'size' is 1, 'rows', 'columns' and 'attributes' as above.
 - 'channels', path of the block: as 'hidden', of convolutions.
 - 'drop_layer', path of the block in its nn.ModuleList: it goes, those after it move up. No arguments.
@@ -21,7 +25,7 @@ first rows and columns: which ones stay is in the tensors, that are filled in af
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,8 +33,9 @@ from torch import Tensor, nn
 
 from packlight.convolutions import INNER
 from packlight.errors import PlanError
-from packlight.families import Tower
+from packlight.families import Attention, Tower
 from packlight.families.mobile_dual import EfficientNetLite
+from packlight.narrow_attention import is_narrow, narrow_attention_
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,11 @@ class Coupled:
         kind: one of `GROUPS`.
         block: path of the block.
         rows: paths of the layers whose rows go.
-        columns: path of the layer whose columns go.
-        size: rows of a group: a head's width, or 1.
+        columns: path of the layer whose columns go; '' for none.
+        size: rows of a group: a head's width, or 1; the number of heads where each loses a number.
         count: groups that are there.
         names: (attribute for the number of groups, attribute for their rows together); '' for none.
+        attention: of keys and values, where the layers of their attention are below its path: see `narrow_attention`.
     """
 
     path: str
@@ -56,13 +62,16 @@ class Coupled:
     size: int
     count: int
     names: tuple[str, str] = ("", "")
+    attention: dict[str, str] = field(default_factory=dict)
 
     def edit_args(self, keep: int) -> dict[str, Any]:
         """The arguments of the edit that keeps so many groups."""
         values = zip(self.names, (keep, keep * self.size), strict=True)
         attributes = {name: value for name, value in values if name}
+        more = {"attention": self.attention} if self.attention else {}
         return {
             "keep": keep, "size": self.size, "rows": list(self.rows), "columns": self.columns, "attributes": attributes,
+            **more,
         }  # fmt: skip
 
 
@@ -75,13 +84,7 @@ def coupled(module: nn.Module, tower: Tower) -> list[Coupled]:
     for i in range(blocks_of(module, tower)):
         block = f"{tower.blocks}.{i}"
         for a in tower.attentions:
-            rows, columns = tuple(f"{block}.{p}" for p in (a.query, a.key, a.value)), f"{block}.{a.out}"
-            sizes = {len(w) for w in _weights(module, rows)}
-            if len(sizes) != 1 or not _weights(module, [columns]):  # keys that heads share can't go with one head
-                continue
-            count = int(getattr(module.get_submodule(f"{block}.{a.path}"), a.count))
-            size = sizes.pop() // count
-            found.append(Coupled(f"{block}.{a.path}", "heads", block, rows, columns, size, count, (a.count, a.width)))
+            found += _of_attention(module, block, a, not tower.stepwise)
         if tower.feed_forward is not None:
             first, second = (f"{block}.{p}" for p in tower.feed_forward)
             weights = _weights(module, [first, second])
@@ -89,6 +92,31 @@ def coupled(module: nn.Module, tower: Tower) -> list[Coupled]:
                 found.append(Coupled(block, "hidden", block, (first,), second, 1, len(weights[0])))
         if tower.inverted is not None:
             found += _channels(module, block, [f"{block}.{p}" for p in tower.inverted])
+    return found
+
+
+def _of_attention(module: nn.Module, block: str, a: Attention, widths: bool) -> list[Coupled]:
+    """An attention's heads, and with `widths` the numbers of their queries with keys and of their values.
+
+    Keys that heads share can't go with one head. What keeps its past gives it to a cache, which knows one width.
+    """
+    rows, columns = tuple(f"{block}.{p}" for p in (a.query, a.key, a.value)), f"{block}.{a.out}"
+    weights = _weights(module, rows)
+    if len(weights) != len(rows) or not _weights(module, [columns]):
+        return []
+    query, key, value = map(len, weights)
+    path, heads = f"{block}.{a.path}", int(getattr(module.get_submodule(f"{block}.{a.path}"), a.count))
+    if query != key:
+        return []
+    found = []
+    if query == value and not is_narrow(module.get_submodule(path)):
+        found.append(Coupled(path, "heads", block, rows, columns, value // heads, heads, (a.count, a.width)))
+    if widths:
+        names = {"query": a.query, "key": a.key, "value": a.value, "out": a.out}
+        own = {k: p.removeprefix(f"{a.path}.") if p.startswith(f"{a.path}.") else "" for k, p in names.items()}
+        own["count"] = a.count
+        found.append(Coupled(path, "keys", block, rows[:2], "", heads, query // heads, attention=own))
+        found.append(Coupled(path, "values", block, rows[2:], columns, heads, value // heads, attention=own))
     return found
 
 
@@ -146,14 +174,20 @@ class LowRank(nn.Sequential):
 
 
 def narrow_(root: nn.Module, path: str, args: dict[str, Any]) -> nn.Module:
-    """Keep the first groups of an attention, a feed-forward or a block of convolutions. Returns the module at the path."""
+    """Keep the first groups of an attention, a feed-forward or a block of convolutions. Returns the module at the path.
+
+    Of keys and values only the shapes are right: each head keeps some, and they are filled in.
+    """
     kept = int(args["keep"]) * int(args["size"])
     for name in args["rows"]:
         _resize_(_plain(root, name), slice(kept), slice(None))
-    _resize_(_plain(root, str(args["columns"])), slice(None), slice(kept))
+    if args["columns"]:
+        _resize_(_plain(root, str(args["columns"])), slice(None), slice(kept))
     module = root.get_submodule(path)
     for name, value in args["attributes"].items():
         setattr(module, name, value)
+    if "attention" in args:
+        narrow_attention_(module, args["attention"])
     return module
 
 
@@ -220,11 +254,13 @@ def factor_(root: nn.Module, path: str, args: dict[str, Any]) -> nn.Module:
     return new
 
 
-GROUPS = ("heads", "hidden", "channels")
+GROUPS = ("heads", "hidden", "channels", "keys", "values")
 SHAPES: dict[str, Callable[[nn.Module, str, dict[str, Any]], nn.Module]] = {
     "heads": narrow_,
     "hidden": narrow_,
     "channels": narrow_,
+    "keys": narrow_,
+    "values": narrow_,
     "drop_layer": drop_layer_,
     "tower": tower_,
     "low_rank": factor_,
@@ -257,7 +293,7 @@ def update_config_(module: nn.Module, towers: Sequence[Tower]) -> bool:
     """Write the number of blocks, and of hidden units where all blocks have the same, into the module's config.
 
     Returns:
-        whether the config describes the module: heads were not taken out, and hidden units alike in all blocks. Then
+        whether the config describes the module: all heads are there and whole, and hidden units alike in all blocks. Then
         transformers builds it from the config alone.
     """
     fits = True
@@ -272,6 +308,7 @@ def update_config_(module: nn.Module, towers: Sequence[Tower]) -> bool:
         fits &= len(hidden) <= 1
         full = {module.get_submodule(c.columns).out_features for c in groups if c.kind == "heads"}
         fits &= all(c.count * c.size in full for c in groups if c.kind == "heads")
+        fits &= not any(is_narrow(module.get_submodule(c.path)) for c in groups)
     return fits
 
 

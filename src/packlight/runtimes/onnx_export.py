@@ -145,7 +145,7 @@ def _unpack(packed: Any, bits: int, shape: Any) -> Any:
 
 def _attention(query: Any, key: Any, value: Any, bias: Any, scale: float) -> Any:
     heads, length, size = (query.shape[i] for i in (1, 2, 3))
-    wide, whole = int(size), length == key.shape[2]
+    wide, given, whole = int(size), int(value.shape[3]), length == key.shape[2]
     if bias is not None and whole and bias.shape[2] == 1 and length != 1:
         query, key, bias, wide = *_with_bias(query, key, bias, scale), None, wide + 1
 
@@ -155,12 +155,12 @@ def _attention(query: Any, key: Any, value: Any, bias: Any, scale: float) -> Any
     # Queries of a step read their keys as the cache holds them; many take the kernel that goes block by block, which
     # wants rows.
     many = (isinstance(length, int) and length > 1) or wide > size or (bias is not None and whole)
-    inputs = (rows(query, wide), rows(key, wide), rows(value, int(size))) if many else (rows(query, wide), key, value)
+    inputs = (rows(query, wide), rows(key, wide), rows(value, given)) if many else (rows(query, wide), key, value)
     if bias is None:
         made = _ATTENTION(*inputs, num_heads=int(heads), scale=scale)
     else:
         made = _BIASED_ATTENTION(*inputs, None, None, bias, num_heads=int(heads), scale=scale)
-    return op.Transpose(op.Reshape(made, op.Constant(value_ints=[0, -1, int(heads), int(size)])), perm=[0, 2, 1, 3])
+    return op.Transpose(op.Reshape(made, op.Constant(value_ints=[0, -1, int(heads), given])), perm=[0, 2, 1, 3])
 
 
 def _with_bias(query: Any, key: Any, bias: Any, scale: float) -> tuple[Any, Any]:

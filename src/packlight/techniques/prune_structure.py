@@ -1,9 +1,10 @@
-"""Attention heads, hidden units, hidden channels of inverted residual blocks and whole blocks out of towers.
+"""Attention heads and numbers of heads, hidden units, hidden channels and whole blocks out of towers.
 
 The model is smaller on disk and does fewer operations. What belongs together goes together: a head's rows of query, key
 and value with its columns of the output, a hidden unit's row and bias with its column, a hidden channel's row of the
-widening convolution and its own filter with its column of the narrowing one. The plan says how many stay in each block; which ones, the calibration samples
-decide. Blocks are pruned in the order in which they run, each on the inputs that the pruned blocks before it give, and
+widening convolution of an inverted residual block and its own filter with its column of the narrowing one. Inside a head,
+queries with keys and values with the output are turned so that few numbers carry most, and those stay. The plan says how
+many stay in each block; which ones, the calibration samples decide. Blocks are pruned in the order in which they run, each on the inputs that the pruned blocks before it give, and
 what stays in a block makes up for what went by least squares.
 
 When to use: for a latency, in encoders above all, before quantization. When not: for size alone, where fewer bits per
@@ -11,7 +12,7 @@ weight cost less.
 
 Papers: second order: Optimal Brain Surgeon by groups, as in ZipLM (Kurtic et al. 2023, arXiv 2302.04089); see
 `packlight.pruning` for what differs. First order: Molchanov et al. 2019, arXiv 1906.10771, with |w g| summed over the
-group as in LLM-Pruner (Ma et al. 2023, arXiv 2305.11627).
+group as in LLM-Pruner (Ma et al. 2023, arXiv 2305.11627). Numbers of heads: ModeGPT (Lin et al. 2024, arXiv 2408.09632).
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,16 @@ from packlight.families import Batch
 from packlight.layers import Edit
 from packlight.model import Model
 from packlight.observe import Moments, moments
-from packlight.pruning import columns_of, compensated, magnitudes, removal_order, shifted
+from packlight.pruning import (
+    columns_of,
+    compensated,
+    magnitudes,
+    narrowed_products,
+    narrowed_values,
+    remixed,
+    removal_order,
+    shifted,
+)
 from packlight.structure import GROUPS, Coupled, blocks_of, coupled, droppable, fill_, update_config_
 from packlight.techniques import Stage, Technique
 from packlight.waves import Measure, waves
@@ -48,6 +58,8 @@ class PruneStructureConfig:
         order: 'least' important first; 'most' is for comparison only.
         damp: share of the mean diagonal added to the second moments.
         channels: path of an inverted residual block -> how many of its hidden channels stay; multiples of 8 run fastest.
+        keys: path of an attention -> how many numbers of each head's queries and keys stay. The score has no part in it.
+        values: path of an attention -> how many numbers of each head's values stay; likewise.
     """
 
     heads: Mapping[str, int] = field(default_factory=dict)
@@ -58,13 +70,15 @@ class PruneStructureConfig:
     order: Literal["least", "most"] = "least"
     damp: float = 1e-4
     channels: Mapping[str, int] = field(default_factory=dict)
+    keys: Mapping[str, int] = field(default_factory=dict)
+    values: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in GROUPS:
-            values, what = getattr(self, name), "of an attention" if name == "heads" else "of a block"
-            if not isinstance(values, Mapping):
-                raise PlanError(f"{name} is {values!r}; it must be an object: path {what} -> how many stay.")
-            for path, count in values.items():
+            given, what = getattr(self, name), "of a block" if name in ("hidden", "channels") else "of an attention"
+            if not isinstance(given, Mapping):
+                raise PlanError(f"{name} is {given!r}; it must be an object: path {what} -> how many stay.")
+            for path, count in given.items():
                 if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                     raise PlanError(f"{name} keeps {count!r} in {path}; it must be a whole number, 1 or more.")
         if isinstance(self.layers, str) or not all(isinstance(p, str) for p in self.layers):
@@ -87,7 +101,8 @@ class PruneStructureConfig:
     @property
     def watches(self) -> bool:
         """Whether it looks at the inputs of layers."""
-        return bool(self.wanted) and (self.compensate or self.score == "second_order")
+        turned = bool(self.keys or self.values)
+        return turned or (bool(self.wanted) and (self.compensate or self.score == "second_order"))
 
     @property
     def feedback(self) -> bool:
@@ -147,8 +162,13 @@ def prune_structure_(model: Model, config: PruneStructureConfig, batches: Sequen
         groups = [c for tower in model.family.towers for c in coupled(model.module, tower)]
         left = [c for c in groups if wanted.get((c.kind, model.origin(c.path)), c.count) < c.count]
         for paths, measure in waves(model, batches if config.watches else [], watch=False):
-            for c in [c for c in left if c.columns in paths]:
+            for c in [c for c in left if c.rows[-1] in paths]:
                 key = (c.kind, model.origin(c.path))
+                if c.attention:
+                    _narrow_(model, c, wanted[key], config, measure)
+                    changed += [*c.rows, *([c.columns] if c.columns else [])]
+                    left.remove(c)
+                    continue
                 inputs = observe(model.module, c.columns, measure) if config.watches else None
                 kept = choose(model.module, c, wanted[key], config, inputs, scores.get(key))
                 take_(model, c, kept, inputs if config.compensate else None, config.damp)
@@ -222,6 +242,55 @@ def take_(model: Model, groups: Coupled, kept: Tensor, inputs: Moments | None, d
         fill_(module.get_submodule(path), *values)
 
 
+def _narrow_(model: Model, stale: Coupled, keep: int, config: PruneStructureConfig, measure: Measure) -> None:
+    """Leave so many numbers of each head's queries and keys or values, in place, and log it."""
+    module = model.module
+    tower = next(t for t in model.family.towers if stale.path.startswith(f"{t.blocks}."))
+    # Heads may have gone since the groups were listed.
+    groups = next(c for c in coupled(module, tower) if (c.kind, c.path) == (stale.kind, stale.path))
+    inputs = observe(module, groups.columns or groups.rows[0], measure)
+    made = turned(module, groups, keep, inputs, config)
+    model.edit_(Edit(groups.path, groups.kind, groups.edit_args(keep)))
+    for path, values in made.items():
+        fill_(module.get_submodule(path), *values)
+
+
+def turned(
+    module: nn.Module, groups: Coupled, keep: int, inputs: Moments, config: PruneStructureConfig
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """An attention's layers with so many numbers left in each head: path -> (weight, bias).
+
+    Args:
+        module: the model.
+        groups: the keys or values of an attention.
+        keep: numbers that stay.
+        inputs: of the query layer for keys, of the output layer for values.
+        config: its `order`, `compensate` and `damp`.
+    """
+    heads = groups.size
+    kept = slice(keep) if config.order == "least" else slice(groups.count - keep, groups.count)
+    layers: list[Any] = [module.get_submodule(p) for p in (*groups.rows, groups.columns) if p]
+    first, last = layers
+    bias = first.weight.new_zeros(len(first.weight)) if first.bias is None else first.bias.detach()
+    if groups.kind == "keys":
+        wide = torch.cat([first.weight.detach(), bias[:, None]], 1)
+        query, key = narrowed_products(wide, last.weight.detach(), inputs.second(True), inputs.mean, heads, kept)
+        gone = None if last.bias is None else query.new_zeros(len(key))  # all keys shared it
+        if first.bias is None:  # the mean of the inputs is in the products all the same
+            return {groups.rows[0]: (query[:, :-1].float(), None), groups.rows[1]: (key.float(), gone)}
+        return {groups.rows[0]: (query[:, :-1].float(), query[:, -1].float()), groups.rows[1]: (key.float(), gone)}
+    second, weight = inputs.second(last.bias is not None), last.weight.detach()
+    mixing, read = narrowed_values(weight, second, heads, kept)
+    made = remixed(weight, second, mixing, config.damp) if config.compensate else read.to(weight.dtype)
+    value = mixing.T @ first.weight.detach().double()
+    moved = None if first.bias is None else (mixing.T @ bias.double()).float()
+    shift = None
+    if last.bias is not None:
+        lost = weight.double() @ inputs.mean - made.double() @ (mixing.T @ inputs.mean)
+        shift = (last.bias.detach().double() + lost).float()
+    return {groups.rows[0]: (value.float(), moved), groups.columns: (made, shift)}
+
+
 def _sliced(layer: Any, index: Tensor) -> tuple[Tensor, Tensor | None]:
     return layer.weight.detach()[index], None if layer.bias is None else layer.bias.detach()[index]
 
@@ -235,7 +304,7 @@ def taylor(model: Model, batches: Sequence[Batch]) -> dict[tuple[str, str], Tens
         (kind, path) -> [groups] float64.
     """
     module, family = model.module, model.family
-    groups = [c for tower in family.towers for c in coupled(module, tower)]
+    groups = [c for tower in family.towers for c in coupled(module, tower) if not c.attention]
     layers: dict[str, Any] = {p: module.get_submodule(p) for c in groups for p in (*c.rows, c.columns)}
     weights = [w for layer in layers.values() for w in (layer.weight, layer.bias) if w is not None]
     wanted = [w.requires_grad for w in weights]
@@ -279,5 +348,5 @@ PRUNE_STRUCTURE = Technique(
     stage=Stage.PRUNE,
     needs=("gram",),
     paper="ZipLM, Kurtic et al. 2023, arXiv 2302.04089",
-    summary="heads, hidden units, channels and blocks out, the rest made up by least squares: smaller and faster",
+    summary="heads and their widths, hidden units, channels, blocks out, made up by least squares: smaller and faster",
 )

@@ -62,7 +62,7 @@ def export(graph: Graph, folder: Path) -> Path:
     shapes: Any = (axes[0], tuple(axes[1:])) if len(axes) > 1 else tuple(axes)
     with torch.no_grad():
         made = torch.onnx.export(
-            graph.module,
+            graph.module.eval(),
             graph.args,
             dynamo=True,
             dynamic_shapes=shapes,

@@ -13,7 +13,7 @@ from packlight.errors import PlanError
 from packlight.loading import load
 from packlight.model import Model
 from packlight.narrow_attention import is_narrow
-from packlight.plan import Plan, Step
+from packlight.plan import Plan, Step, read_plan
 from packlight.pruning import narrowed_products
 from packlight.pruning_effects import measure_effects
 from packlight.pruning_plan import group_cost, prune_step
@@ -206,6 +206,24 @@ def test_the_budget_takes_what_is_redundant_and_counts_what_heads_share(folder: 
     assert costs["heads"] * 4 == pytest.approx(16 * (costs["keys"] + costs["values"]))
 
 
+def test_the_example_names_a_quarter_of_whisper_tiny() -> None:
+    plan = read_plan(Path(__file__).resolve().parent.parent / "examples" / "quarter.json")
+    config = plan.steps[0].config
+    positions, width = 1500, 384
+
+    def block(inside: int, hidden: int) -> int:  # projections and units of every position, products of every pair
+        return positions * 2 * width * (inside + hidden) + positions**2 * inside
+
+    stem = positions * (2 * 80 + width) * width * 3
+    whole, left = stem + 4 * block(6 * 128, 1536), stem
+    for i in range(4):
+        attention = f"{ENCODER}.{i}.self_attn"
+        numbers = config["keys"].get(attention, 64) + config["values"].get(attention, 64)
+        hidden = config["hidden"].get(f"{ENCODER}.{i}", 1536)
+        left += block(config["heads"].get(attention, 6) * numbers, hidden)
+    assert 0.25 < 1 - left / whole < 0.26
+
+
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
@@ -224,5 +242,5 @@ def test_what_can_t_be_is_refused(folder: Path, config: dict[str, Any], words: s
 
 
 def test_it_needs_samples(folder: Path) -> None:
-    with pytest.raises(PlanError, match="needs calibration samples"):
+    with pytest.raises(PlanError, match="of keys or values needs calibration samples"):
         prune_structure_(fresh(folder), PruneStructureConfig(keys={FIRST: 8}, score="magnitude"), [])

@@ -161,7 +161,7 @@ def test_one_budget_covers_both_towers(folder: Path, tmp_path: Path, unit: Any) 
     model, towers = fresh(folder), ("vision", "text")
     total = sum(tower_cost(model, t, unit) for t in model.family.towers)
     effects = measure_effects(model, batches(4), batches(2, seed=3), towers, tmp_path / "pruning.jsonl")
-    assert {e.kind for e in effects} == {"heads", "hidden", "channels", "layers"}
+    assert {e.kind for e in effects} == {"heads", "hidden", "channels", "layers", "keys", "values"}
     assert [e.path for e in effects if e.kind == "layers" and "vision" in e.path] == [f"{VISION}.0", f"{VISION}.2"]
     step = prune_step(model, effects, towers, 0.15, unit)
     assert {"channels", "hidden"} & set(step.config)

@@ -73,7 +73,7 @@ def test_the_budget_is_met_and_hardly_more(
     assert sum(tower_cost(planted, t, "operations") for t in own) == pytest.approx(before)
     pruned = fresh(folder)
     config = PruneStructureConfig(**step.config, score="magnitude", compensate=False)
-    prune_structure_(pruned, config, [])
+    prune_structure_(pruned, config, batches())
     removed = 1 - sum(counted(pruned, t) for t in own) / before
     assert share <= removed + 1e-9 < share + 0.08
     assert all(n % 16 == 0 for n in config.hidden.values())

@@ -152,7 +152,8 @@ def prune_structure_(model: Model, config: PruneStructureConfig, batches: Sequen
     """
     check_structure(model, config)
     if config.feedback and not batches:
-        raise PlanError(f"prune_structure with the score {config.score!r} needs calibration samples.")
+        why = "of keys or values" if config.keys or config.values else f"with the score {config.score!r}"
+        raise PlanError(f"prune_structure {why} needs calibration samples.")
     wanted = config.wanted
     scores = taylor(model, batches) if config.score == "taylor" else {}
     for path in sorted(config.layers, key=lambda p: (p.rpartition(".")[0], -int(p.rpartition(".")[2]))):
@@ -275,10 +276,9 @@ def turned(
     if groups.kind == "keys":
         wide = torch.cat([first.weight.detach(), bias[:, None]], 1)
         query, key = narrowed_products(wide, last.weight.detach(), inputs.second(True), inputs.mean, heads, kept)
-        gone = None if last.bias is None else query.new_zeros(len(key))  # all keys shared it
-        if first.bias is None:  # the mean of the inputs is in the products all the same
-            return {groups.rows[0]: (query[:, :-1].float(), None), groups.rows[1]: (key.float(), gone)}
-        return {groups.rows[0]: (query[:, :-1].float(), query[:, -1].float()), groups.rows[1]: (key.float(), gone)}
+        gone = None if last.bias is None else last.bias.new_zeros(len(key))  # all keys shared it
+        moved = None if first.bias is None else query[:, -1].float()
+        return {groups.rows[0]: (query[:, :-1].float(), moved), groups.rows[1]: (key.float(), gone)}
     second, weight = inputs.second(last.bias is not None), last.weight.detach()
     mixing, read = narrowed_values(weight, second, heads, kept)
     made = remixed(weight, second, mixing, config.damp) if config.compensate else read.to(weight.dtype)

@@ -202,14 +202,10 @@ def markdown(times: np.ndarray, said: Mapping[str, list[list[int]]], dataset: Da
              "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
     for i, name in enumerate(names):
         found = quality(dataset, said[REFERENCE], said[name], decode, "en")[0]
-        change = (
-            ""
-            if name == REFERENCE
-            else f"{100 * found.difference:+.2f} pp [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-        )
+        change = f"{100 * found.difference:+.2f} pp [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
         lines.append(
             f"| {name} | {times[:, i].mean():.3f} | {ratio(times[:, 0], times[:, i])} | "
-            f"{ratio(times[:, best], times[:, i])} | {100 * found.after:.2f} % | {change} |"
+            f"{ratio(times[:, best], times[:, i])} | {100 * found.after:.2f} % | {change if i else ''} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from packlight.families.whisper import tiny
 from packlight.loading import load
 from packlight.model import Model
+from packlight.serve import Served
 
 ENCODER, DECODER = "model.encoder.layers", "model.decoder.layers"
 
@@ -65,3 +67,15 @@ def kill_units_(module: torch.nn.Module, path: str, dead: range) -> None:
 
 def long_batches() -> list[dict[str, torch.Tensor]]:
     return [{**b, "input_features": torch.randn(1, 80, 3000)} for b in batches(2)]
+
+
+def largest_difference(model: Model, served: Served) -> float:
+    """Between the first outputs of a bundle's graphs and of PyTorch's, on the graphs' example inputs."""
+    found = []
+    for graph in model.family.graphs(model.module):
+        with torch.no_grad():
+            theirs = graph.module(*graph.args)[0]
+        feed = {n: a.numpy() for n, a in zip(graph.inputs, graph.args, strict=True)}
+        ours = served.parts[graph.name].run(feed)[graph.outputs[0]].numpy()
+        found.append(float(np.abs(ours - theirs.numpy()).max()))
+    return max(found)

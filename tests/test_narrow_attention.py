@@ -21,7 +21,7 @@ from packlight.serve import open_served
 from packlight.structure import coupled
 from packlight.techniques.prune_structure import PruneStructureConfig, prune_structure_
 from small_dual import save_model as save_dual
-from small_pruning import ENCODER, batches, divergence, fresh, logits
+from small_pruning import ENCODER, batches, divergence, fresh, largest_difference, logits
 from small_whisper import save_model
 
 FIRST = f"{ENCODER}.0.self_attn"
@@ -182,13 +182,7 @@ def test_both_towers_of_dual_encoders_take_it(kind: str, tmp_path: Path) -> None
         prune_structure_(model, PruneStructureConfig(values=keep), [given])
         assert model.family.run(model.module, given).isfinite().all()
     deploy(model, Plan((Step("float16"),), family="dual-encoder"), [], tmp_path / "bundle", None, "")
-    served = open_served(tmp_path / "bundle", threads=1)
-    for graph in model.family.graphs(model.module):
-        with torch.no_grad():
-            theirs = graph.module(*graph.args)[0]
-        feed = {n: a.numpy() for n, a in zip(graph.inputs, graph.args, strict=True)}
-        ours = served.parts[graph.name].run(feed)[graph.outputs[0]].numpy()
-        assert np.abs(ours - theirs.numpy()).max() < 1e-3
+    assert largest_difference(model, open_served(tmp_path / "bundle", threads=1)) < 1e-3
 
 
 # The budget ---------------------------------------------------------------------------------------------------------

@@ -96,11 +96,7 @@ class _State:
         self.saved += gain
         self.kl += kl
         for other in self.lines.values():
-            if (
-                other.groups.path != line.groups.path
-                or other is line
-                or "hidden" in (other.groups.kind, line.groups.kind)
-            ):
+            if other.groups.path != line.groups.path or other is line:
                 continue
             if line.groups.kind == "heads":
                 other.cost *= (left - count) / left

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from packlight.codec import entropy, read_weights, write_weights
+from packlight.chunks import entropy
+from packlight.codec import read_weights, write_weights
 
 RUNS = 5
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from packlight.codec import coded_bytes, coded_rate, decode, encode, entropy, read_weights, write_weights
+from packlight.chunks import coded_rate, entropy
+from packlight.codec import coded_bytes, decode, encode, read_weights, write_weights
 from packlight.errors import BundleError
 
 DTYPES = ("int8", "uint8", "int32", "int64", "float16", "float32", "bool")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from packlight.codec import entropy
+from packlight.chunks import entropy
 from packlight.quant import (
     LIMIT,
     Grid,

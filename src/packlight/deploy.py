@@ -16,12 +16,13 @@ from packlight.codec import write_weights
 from packlight.families import Batch, Graph
 from packlight.layers import CodeLinear
 from packlight.model import Model
-from packlight.plan import Plan, StepRecord
+from packlight.plan import Plan, Step, StepRecord
 from packlight.reloading import keep
 from packlight.runtimes.onnx_export import export
 from packlight.serve import TOKENIZER, WEIGHTS, Served
 
 _NOISE = 3.0
+_LONG = 400  # characters of a setting that the card shows
 
 
 def deploy(
@@ -98,12 +99,19 @@ def versions() -> dict[str, str]:
 
 
 def _card(model: Model, plan: Plan) -> str:
-    steps = "\n".join(f"- `{s.technique}` {s.config or ''} on {', '.join(s.scope)}: {s.reason}" for s in plan.steps)
+    steps = "\n".join(f"- `{s.technique}` {_said(s)} on {', '.join(s.scope)}: {s.reason}" for s in plan.steps)
     return (
         f"---\nlicense: {model.source.licence}\nbase_model: {model.source.name}\n---\n\n"
         f"# {model.source.name}, compressed by packlight\n\nRun it: `pip install packlight`, then "
         f"`packlight run THIS_FOLDER {model.family.usage}`. Check it: `packlight verify THIS_FOLDER`.\n\n## Plan\n\n{steps}\n"
     )
+
+
+def _said(step: Step) -> str:
+    """A step's settings as the card has them: long ones, which the manifest holds, are left out."""
+    config = {k: v for k, v in step.config.items() if len(str(v)) <= _LONG}
+    left = len(step.config) - len(config)
+    return f"{config or ''}{' (more in manifest.json)' if left else ''}"
 
 
 # The ladder ---------------------------------------------------------------------------------------------------------

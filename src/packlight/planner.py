@@ -16,7 +16,7 @@ from packlight.fewer_tokens import Pruning
 from packlight.model import Model
 from packlight.plan import Plan, Step
 from packlight.ranging import convolutions_of
-from packlight.sensitivity import Level, Shortened, coded_paths, settings
+from packlight.sensitivity import Level, Shortened, coded_paths, computed_paths, settings
 from packlight.target import Target
 from packlight.techniques.audio_context import AudioContextConfig
 from packlight.techniques.audio_context import step as audio_context_step
@@ -27,6 +27,7 @@ _GAP = 0.015  # plans on the front lie at least this far apart in bytes
 # KL per token that a byte may cost; the first asks for the least KL, whatever its bytes.
 _PRICES = (0.0, *(10 ** (-11 + 0.01 * i) for i in range(800)))
 _WORTH = 0.1  # share of the finest weights' KL that a range per row must save to be worth its time
+_PATH = 4**-0.15  # share of the KL of codes chosen one by one that is left along a trellis at the same rate
 _FAST = 0.25  # share of a plan's KL that fixed ranges may cost, since they make convolutions several times faster
 
 Activations = Mapping[str, Mapping[str, float]]
@@ -51,6 +52,12 @@ def levels_between(levels: Sequence[Level]) -> list[Level]:
     else:
         points.append((rate + 1, replace(top, bytes=int(top.bytes + per_bit), kl=top.kl / 4, flips=top.flips / 2)))
     return others + [_between(points, r) for r in _FINE if points[0][0] <= r < points[-1][0]]
+
+
+def _along_trellis(level: Level) -> Level:
+    """What is measured with codes chosen one by one, as it is along a trellis, which plans take wherever there is a rate."""
+    rated = level.rate is not None and level.technique == "error_feedback"
+    return replace(level, kl=level.kl * _PATH) if rated else level
 
 
 def _between(points: list[tuple[float, Level]], rate: float) -> Level:
@@ -106,7 +113,7 @@ def front(
     by_part: dict[str, list[Level]] = {}
     for level in levels:
         by_part.setdefault(level.part, []).append(level)
-    parts = {part: levels_between(found) for part, found in by_part.items()}
+    parts = {part: [_along_trellis(lv) for lv in levels_between(found)] for part, found in by_part.items()}
     tables = {p.name for table in model.family.token_tables if (p := model.family.part_of(table)) is not None}
     found: list[_Choice] = []
     for vocabulary in vocabularies:
@@ -220,12 +227,16 @@ def _plan(
     whole = tuple(path for path, layer in model.layers().items() if not is_matrix(layer) and path not in taken)
     if whole:
         steps.append(Step("float16", {}, whole, "depthwise and grouped convolutions: they are no matrix to code"))
+    computed = tuple(computed_paths(model))
+    if computed:
+        steps.append(Step("sinusoids", {}, computed, "positions are sines and cosines: computed at load, no bytes"))
     for level in choice.levels:
         part = next(p for p in model.family.parts if p.name == level.part)
         mode, _, why = modes.get(level.part, _LOOKED_UP if _only_lookups(model, part) else _STEPWISE)
         groups = level.technique == "group_weights"
         rate = f"{level.rate:g} bits per weight" if level.rate else "the finest 7-bit grid"
         codes = settings(model, level.part, level.rate) | {"activations": mode}
+        codes |= {"trellis": True} if level.rate else {}
         config = {"bits": 8, "group": 32} if groups else codes
         how = "measured" if level.measured else "interpolated between measured rates"
         reason = (

@@ -6,13 +6,15 @@ makes the file smaller without another layout. A factor per column, which the la
 inputs of little variance have coarser steps. With several groups it is the W4A16 form of 4-bit kernels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from packlight.codec import coded_rate
+from packlight.chunks import coded_rate
+from packlight.trellis import SEGMENT
+from packlight.viterbi import nearest_path
 
 # Pairs of u8 x s8 products saturate the 16-bit sums of AVX2 without VNNI unless |code| <= 64: 255 * 64 * 2 < 2^15.
 # Codes within +-63 are exact on every processor and cost half a bit of resolution.
@@ -20,6 +22,8 @@ LIMIT = 63
 _SAMPLE = 400_000  # weights looked at when a step is searched
 _TALL, _BOUND_ROWS = 8, 1024  # rows per column from which a bound uses the covariance; rows that it looks at
 _ROWS, _BLOCK = 4096, 64  # rows at a time, columns between two full updates: 1 MB of float32
+_PATH_SAVES = 0.15  # bits per weight that paths save at equal error
+_SEGMENTS = 85 * SEGMENT  # rows at a time along a trellis
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Grid:
         low, high: smallest and largest code.
         group: columns that share a scale; groups * group >= columns.
         columns: [in], a further factor of each column's scale; None for 1.
+        path: whether each column's codes are a path through the trellis, see `packlight.trellis`; scales are half
+            steps then.
     """
 
     scale: Tensor
@@ -40,6 +46,7 @@ class Grid:
     high: int
     group: int
     columns: Tensor | None = None
+    path: bool = False
 
     def codes(self, weight: Tensor) -> Tensor:
         """Nearest codes of a weight [out, in], as int16."""
@@ -66,7 +73,7 @@ def _storable(scale: Tensor) -> Tensor:
     return half if bool(((half > 6.2e-5) & torch.isfinite(half)).all()) else scale
 
 
-def channel_grid(weight: Tensor, rate: float | None = None, limit: int = LIMIT) -> Grid:
+def channel_grid(weight: Tensor, rate: float | None = None, limit: int = LIMIT, path: bool = False) -> Grid:
     """One scale per output channel.
 
     Args:
@@ -75,22 +82,26 @@ def channel_grid(weight: Tensor, rate: float | None = None, limit: int = LIMIT) 
             step for all rows is optimal for the squared error (literature: reverse water-filling); rows whose
             largest weight would pass the limit get a larger one.
         limit: largest absolute code.
+        path: whether codes will be a path through the trellis: at equal rates their scales are half of the others.
 
     Returns:
         the grid; a row of zeros gets the scale 1.
     """
     peak = weight.abs().amax(1)
-    step = 0.0 if rate is None else find_step(weight, rate, limit)
+    step = 0.0 if rate is None else find_step(weight, rate, limit) * (0.5 if path else 1.0)
     scale = (peak / limit).clamp(min=step)
     scale = _storable(torch.where(peak > 0, scale, torch.ones_like(scale)))
-    return Grid(scale[:, None], torch.zeros_like(scale)[:, None], -limit, limit, weight.shape[1])
+    return Grid(scale[:, None], torch.zeros_like(scale)[:, None], -limit, limit, weight.shape[1], path=path)
 
 
-def column_grid(weight: Tensor, gram: Tensor, rate: float, damp: float = 0.01, rows: Tensor | None = None) -> Grid:
+def column_grid(
+    weight: Tensor, gram: Tensor, rate: float, damp: float = 0.01, rows: Tensor | None = None, path: bool = False
+) -> Grid:
     """One scale for all rows and a factor per column: WaterSIC's steps, inversely as what is left of an input's energy.
 
-    WaterSIC (Successive cancellation with water-filling, ICML 2026): the step of column i is c / L_ii, where L_ii² is the part of input i that the columns
-    rounded after it can't make up for. All columns then add the same error, as reverse water-filling asks.
+    WaterSIC (Successive cancellation with water-filling, ICML 2026): the step of column i is c / L_ii, where L_ii² is
+    the part of input i that the columns rounded after it can't make up for. All columns then add the same error, as
+    reverse water-filling asks.
 
     Args:
         weight: [out, in].
@@ -98,6 +109,8 @@ def column_grid(weight: Tensor, gram: Tensor, rate: float, damp: float = 0.01, r
         rate: bits per weight after entropy coding.
         damp: as in `error_feedback`, which must round in the order that this grid was made for.
         rows: [out], relative steps of the rows; None for equal ones.
+        path: whether codes are to be a path through the trellis. Half steps need twice the codes, and the grid is one
+            without paths where the larger steps of rows and columns that pass `LIMIT` would cost more than paths save.
 
     Returns:
         the grid; a row or column whose codes would pass `LIMIT` has a larger step.
@@ -106,12 +119,26 @@ def column_grid(weight: Tensor, gram: Tensor, rate: float, damp: float = 0.01, r
     factor = factor / factor.log().mean().exp()
     relative = torch.ones(len(weight), 1) if rows is None else (rows / rows.log().mean().exp())[:, None]
     step = find_step(weight / (factor * relative), rate, 1 << 30)
-    if rows is None:
-        factor = torch.maximum(factor, weight.abs().amax(0) / (LIMIT * step))
-    columns = _storable(factor.clamp(min=1e-6))
-    scale = torch.maximum(step * relative, (weight / columns).abs().amax(1, keepdim=True) / LIMIT)
+    plain, lost = _within_limit(weight, step * relative, factor, rows is None)
+    if not path:
+        return plain
+    halved, more = _within_limit(weight, step / 2 * relative, factor, rows is None)
+    return replace(halved, path=True) if more - lost < _PATH_SAVES else plain
+
+
+def _within_limit(weight: Tensor, steps: Tensor, factor: Tensor, both: bool) -> tuple[Grid, float]:
+    """The grid with these steps of rows and factors of columns, larger where codes would pass `LIMIT`: rows, or both.
+
+    Also how many bits per weight that costs: a larger step saves its logarithm and costs its square.
+    """
+    columns = factor
+    if both:
+        columns = torch.maximum(factor, weight.abs().amax(0) / (LIMIT * float(steps[0])))
+    columns = _storable(columns.clamp(min=1e-6))
+    scale = torch.maximum(steps, (weight / columns).abs().amax(1, keepdim=True) / LIMIT)
     scale = _storable(torch.where(scale > 0, scale, torch.ones_like(scale)))
-    return Grid(scale, torch.zeros_like(scale), -LIMIT, LIMIT, weight.shape[1], columns)
+    lost = sum(float(r.square().mean().log2() / 2 - r.log2().mean()) for r in (scale / steps, columns / factor))
+    return Grid(scale, torch.zeros_like(scale), -LIMIT, LIMIT, weight.shape[1], columns), lost
 
 
 def column_steps(gram: Tensor, damp: float) -> Tensor:
@@ -137,12 +164,12 @@ def rescaled(grid: Grid, weight: Tensor, codes: Tensor, gram: Tensor) -> Grid:
         aim = (value * target).sum(0).double() + 1e-3 * system.diagonal().mean()  # pulled to 1, not to 0
         fit = torch.linalg.solve(system, aim).float()
         columns = _storable(grid.columns * fit.clamp(0.5, 1.5))
-        grid = Grid(grid.scale, grid.zero, grid.low, grid.high, grid.group, columns)
+        grid = replace(grid, columns=columns)
     value = grid.values(codes)
     below = (value @ gram * value).sum(1)
     fit = torch.where(below > 0, (value * target).sum(1) / below.clamp(min=1e-30), torch.ones_like(below))
     scale = _storable(grid.scale * fit.clamp(0.5, 1.5)[:, None])
-    return Grid(scale, grid.zero, grid.low, grid.high, grid.group, grid.columns)
+    return replace(grid, scale=scale)
 
 
 def find_step(weight: Tensor, rate: float, limit: int = LIMIT) -> float:
@@ -205,7 +232,8 @@ def error_feedback(weight: Tensor, gram: Tensor, grid: Grid, damp: float = 0.01)
 
     Columns are rounded one after the other; the error of each is made good by the columns not yet rounded. This is
     GPTQ (Frantar et al. 2023, arXiv 2210.17323, algorithm 1) with its lazy blocks. Columns go in the order of falling
-    energy, so that the important ones are rounded while there is most to correct them with.
+    energy, so that the important ones are rounded while there is most to correct them with. On a grid with paths a
+    column's codes are the nearest path through the trellis, which runs along the rows.
 
     Args:
         weight: [out, in].
@@ -220,8 +248,8 @@ def error_feedback(weight: Tensor, gram: Tensor, grid: Grid, damp: float = 0.01)
     upper = _inverse_factor(gram, damp)
     codes = torch.empty(weight.shape, dtype=torch.int16)
     # Rows are independent: a few thousand at a time, turned so that a column is contiguous, stay in the cache.
-    for rows in torch.arange(len(weight)).split(_ROWS):
-        part = Grid(grid.scale[rows], grid.zero[rows], grid.low, grid.high, grid.group, grid.columns)
+    for rows in torch.arange(len(weight)).split(_SEGMENTS if grid.path else _ROWS):
+        part = replace(grid, scale=grid.scale[rows], zero=grid.zero[rows])
         turned = _feedback_rows(weight[rows][:, order].T.float().contiguous(), upper, part, order)
         codes[rows[:, None], order] = turned.T
     return codes
@@ -244,7 +272,10 @@ def _feedback_rows(work: Tensor, upper: Tensor, grid: Grid, order: Tensor) -> Te
         errors = torch.empty(end - start, work.shape[1])
         for i in range(start, end):
             scale, zero = scales[groups[i]] * factors[i], zeros[groups[i]]
-            code = torch.round(work[i] / scale).add_(zero).clamp_(grid.low, grid.high)
+            if grid.path:
+                code = nearest_path(work[i] / scale, grid.high)
+            else:
+                code = torch.round(work[i] / scale).add_(zero).clamp_(grid.low, grid.high)
             codes[i] = code
             error = (work[i] - (code - zero) * scale) / upper[i, i]
             work[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)

@@ -6,7 +6,6 @@ names its table, so codes of different spread do not share one: the tables are t
 know which symbol uses which.
 """
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -85,57 +84,67 @@ def decode(data: bytes | memoryview, tables: Array, freq: Array) -> Array:
     Raises:
         BundleError: the data is damaged: too short, too long, or not ending where it began.
     """
-    return np.concatenate([np.empty(0, np.uint8), *decoded(data, [tables], len(tables), freq)])
+    decoder = Decoder(data, len(tables), freq)
+    symbols = decoder.take(tables)
+    decoder.end()
+    return symbols
 
 
-def decoded(data: bytes | memoryview, tables: Iterable[Array], count: int, freq: Array) -> Iterator[Array]:
-    """Undo `encode` piece by piece, so that neither all tables nor all symbols are in memory at once.
+class Decoder:
+    """Undoes `encode` piece by piece, so that tables may depend on what came before and not all is in memory at once.
 
     Args:
         data: what `encode` gave.
-        tables: the table of each symbol, uint8, in pieces of any length.
         count: how many symbols there are.
         freq: as `encode` had it.
 
-    Yields:
-        the symbols in order, uint8, in pieces of other lengths.
-
     Raises:
-        BundleError: as in `decode`; what is damaged at its end is found at the end.
+        BundleError: the data is too short.
     """
-    lanes = lanes_for(count)
-    if len(data) < 4 * lanes or len(data) % 2:
-        raise BundleError("Coded weights are damaged: they are too short.")
-    state = np.frombuffer(data, "<u4", lanes).copy()
-    words = np.frombuffer(data, "<u2", offset=4 * lanes)
-    lookup = _lookup(freq)
-    rest, done, position = np.empty(0, np.uint8), 0, 0
-    for piece in tables:
-        rest = np.concatenate([rest, piece]) if len(rest) else piece
-        whole = len(rest) if done + len(rest) == count else len(rest) // lanes * lanes
-        if whole:
-            result, position = _steps(rest[:whole], state, words, position, lookup)
-            rest, done = rest[whole:], done + whole
-            yield result
-    if done != count or position != len(words) or (state != _LOW).any():
-        raise BundleError("Coded weights are damaged: they do not end where they should.")
 
+    def __init__(self, data: bytes | memoryview, count: int, freq: Array) -> None:
+        lanes = lanes_for(count)
+        if len(data) < 4 * lanes or len(data) % 2:
+            raise BundleError("Coded weights are damaged: they are too short.")
+        self._state = np.frombuffer(data, "<u4", lanes).copy()
+        self._words = np.frombuffer(data, "<u2", offset=4 * lanes)
+        self._lookup = _lookup(freq)
+        self._left, self._lane, self._position = count, 0, 0
 
-def _steps(tables: Array, state: Array, words: Array, position: int, lookup: Array) -> tuple[Array, int]:
-    """The symbols of whole steps, and how many words are then used; the states of the lanes move on in place."""
-    lanes, low = len(state), np.uint32(_MASK)
-    result = np.empty(len(tables), np.uint8)
-    for at in range(0, len(tables), lanes):
-        active = state[: min(lanes, len(tables) - at)]
-        entry = lookup[(tables[at : at + lanes].astype(np.uint32) << np.uint32(BITS)) | (active & low)]
-        result[at : at + lanes] = entry >> np.uint32(24)
-        active[:] = ((entry >> np.uint32(BITS)) & low) * (active >> np.uint32(BITS)) + (entry & low)
-        hungry = np.flatnonzero(active < _LOW)
-        if position + len(hungry) > len(words):
-            raise BundleError("Coded weights are damaged: they end too early.")
-        active[hungry] = (active[hungry] << np.uint32(16)) | words[position : position + len(hungry)]
-        position += len(hungry)
-    return result, position
+    def take(self, tables: Array) -> Array:
+        """The next symbols, uint8 [n]: one for each of `tables`, uint8 [n].
+
+        Raises:
+            BundleError: the data ends before that.
+        """
+        lanes, low = len(self._state), np.uint32(_MASK)
+        result = np.empty(len(tables), np.uint8)
+        self._left -= len(tables)
+        at = 0
+        while at < len(tables):
+            active = self._state[self._lane : self._lane + len(tables) - at]
+            part = slice(at, at + len(active))
+            entry = self._lookup[(tables[part].astype(np.uint32) << np.uint32(BITS)) | (active & low)]
+            result[part] = entry >> np.uint32(24)
+            active[:] = ((entry >> np.uint32(BITS)) & low) * (active >> np.uint32(BITS)) + (entry & low)
+            hungry = np.flatnonzero(active < _LOW)
+            end = self._position + len(hungry)
+            if end > len(self._words):
+                raise BundleError("Coded weights are damaged: they end too early.")
+            active[hungry] = (active[hungry] << np.uint32(16)) | self._words[self._position : end]
+            self._position = end
+            at += len(active)
+            self._lane = (self._lane + len(active)) % lanes
+        return result
+
+    def end(self) -> None:
+        """Check that all is read and that the data ends as it should.
+
+        Raises:
+            BundleError: it does not.
+        """
+        if self._left or self._position != len(self._words) or (self._state != _LOW).any():
+            raise BundleError("Coded weights are damaged: they do not end where they should.")
 
 
 def lanes_for(count: int) -> int:

@@ -21,6 +21,7 @@ from packlight.model import Model
 from packlight.observe import grams, read_use, token_use
 from packlight.plan import append_line, read_lines
 from packlight.tables import TECHNIQUES
+from packlight.techniques.sinusoids import is_sinusoids
 from packlight.windows import is_matrix, matrix, unmatrix
 
 Progress = Callable[[str, int, int], None]
@@ -246,8 +247,15 @@ def divergence(model: Model, pairs: list[tuple[Batch, Tensor]]) -> tuple[float, 
 
 
 def coded_paths(model: Model) -> list[str]:
-    """Paths of the layers that can hold codes."""
-    return [path for path, layer in model.layers().items() if is_matrix(layer)]
+    """Paths of the layers that can hold codes, and are to: what a formula gives is left out."""
+    computed = computed_paths(model)
+    return [path for path, layer in model.layers().items() if is_matrix(layer) and path not in computed]
+
+
+def computed_paths(model: Model) -> list[str]:
+    """Paths of tables of positions that a formula gives."""
+    tables = {path: layer for path, layer in model.layers().items() if isinstance(layer, nn.Embedding)}
+    return [path for path, layer in tables.items() if is_sinusoids(layer.weight)]
 
 
 def _measure_part(

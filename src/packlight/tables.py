@@ -12,6 +12,7 @@ from packlight.techniques.prune_structure import PRUNE_STRUCTURE
 from packlight.techniques.prune_vocabulary import PRUNE_VOCABULARY
 from packlight.techniques.prune_weights import PRUNE_WEIGHTS
 from packlight.techniques.separable import GROUPED_CONVOLUTION, SEPARABLE_CONVOLUTION
+from packlight.techniques.sinusoids import SINUSOIDS
 from packlight.techniques.static_int8 import STATIC_INT8
 from packlight.techniques.student_tower import STUDENT_TOWER
 from packlight.techniques.tune_scales import TUNE_SCALES
@@ -35,6 +36,7 @@ TECHNIQUES: dict[str, Technique] = {
         STATIC_INT8,
         PRUNE_WEIGHTS,
         FLOAT16,
+        SINUSOIDS,
         TUNE_SCALES,
     )
 }

@@ -7,7 +7,7 @@ When to use: always first; it is the only form that makes a CPU encoder faster. 
 layer have outliers that 8 bits can't hold, take `activations="float"` or groups.
 
 Papers: GPTQ (Frantar et al. 2023, arXiv 2210.17323) for the feedback; one step for all rows under entropy coding as in
-WaterSIC. What differs from GPTQ: codes are not clipped to a width of 3 or 4 bits but entropy-coded, so rare large
+WaterSIC; entropy-coded trellis-coded quantization (Joshi, Crump and Fischer 1995) where `trellis` asks for it. What differs from GPTQ: codes are not clipped to a width of 3 or 4 bits but entropy-coded, so rare large
 codes cost bits instead of error; the grid is symmetric and per channel, within +-63 (see `quant.LIMIT`).
 """
 
@@ -36,6 +36,8 @@ class CodesConfig:
         use: how far the steps of rows follow what an error in them costs, how often a table's row is used or the Fisher
             information of a linear layer's output: step ~ cost^-use. 0 for equal steps (error feedback with columns
             only).
+        trellis: whether the codes of each input are a path through a trellis, which costs nothing at run time and
+            0.15 bits per weight less for the same error (error feedback at a rate only).
     """
 
     rate: float | None = None
@@ -43,6 +45,7 @@ class CodesConfig:
     damp: float = 0.01
     columns: bool = False
     use: float = 0.0
+    trellis: bool = False
 
     def __post_init__(self) -> None:
         if self.rate is not None and not 1 <= self.rate <= 8:
@@ -53,6 +56,8 @@ class CodesConfig:
             raise PlanError(f"damp is {self.damp}; it must lie above 0 and up to 1.")
         if not 0 <= self.use <= 0.5:
             raise PlanError(f"use is {self.use}; it must lie from 0 to 0.5.")
+        if self.trellis and self.rate is None:
+            raise PlanError("trellis needs a rate: the finest grid has no use for it.")
 
 
 def round_to_nearest(weight: Tensor, gram: Tensor | None, config: CodesConfig) -> Compressed:
@@ -75,9 +80,9 @@ def feedback(weight: Tensor, gram: Tensor | None, config: CodesConfig, use: Tens
         return _compressed(grid, grid.codes(weight), config)
     if config.columns and config.rate is not None:
         rows = None if use is None or not config.use else use.float() ** -config.use
-        grid = column_grid(weight, gram, config.rate, config.damp, rows)
+        grid = column_grid(weight, gram, config.rate, config.damp, rows, config.trellis)
     else:
-        grid = channel_grid(weight, config.rate)
+        grid = channel_grid(weight, config.rate, path=config.trellis)
     codes = error_feedback(weight, gram, grid, config.damp)
     return _compressed(grid if config.rate is None else rescaled(grid, weight, codes, gram), codes, config)
 

@@ -205,9 +205,9 @@ def run_row(bench: Bench, row: Row, args: argparse.Namespace) -> dict[str, Any]:
 def sources() -> str:
     """Hash of what makes packlight's own rows, so that a changed technique is measured anew."""
     root = Path(packlight.__file__).parent
-    files = [root / f"{n}.py" for n in ("quant", "codec", "rans", "compress", "layers")] + sorted(
-        root.glob("techniques/*.py")
-    )
+    files = [
+        root / f"{n}.py" for n in ("quant", "viterbi", "trellis", "chunks", "codec", "rans", "compress", "layers")
+    ] + sorted(root.glob("techniques/*.py"))
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 

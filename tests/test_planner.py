@@ -81,9 +81,9 @@ def test_the_largest_plan_has_the_least_loss_however_little_its_bytes_buy(model:
     grouped = Level(TABLE, 8.0, 10_000_000, 1e-9, 0.0, technique="group_weights")
     plans = front(model, [*curve(TABLE, 1e-6), grouped], {}, [Pruning()], [], ORIGIN)
     largest = max((p for p in plans if p.name.startswith("p")), key=lambda p: p.expected["bytes"])
-    assert largest.steps[0].technique == "group_weights"
+    assert next(s for s in largest.steps if s.technique != "sinusoids").technique == "group_weights"
     slow = next(p for p in plans if p.name == "f01")
-    assert slow.steps[0].technique == "group_weights"  # no less exact than the plan that it replaces
+    assert "group_weights" in {s.technique for s in slow.steps[:2]}  # no less exact than the plan that it replaces
 
 
 def best(plans: list[Any], size: float) -> float:
@@ -149,7 +149,7 @@ def test_convolutions_are_in_integers_where_that_loses_less_or_a_latency_asks_fo
         plan = front(dual, levels, rounding, [Pruning()], [], ORIGIN, target)[0]
         found = check(plan, dual, "any")
         assert {p for p, a in found.items() if a.technique.name == "static_int8"} == (convs if due else set())
-        assert plan.expected["kl"] == pytest.approx(0.01 * 4**0.75 * 2 + (static if due else 1e-2), rel=1e-6)
+        assert plan.expected["kl"] == pytest.approx(0.01 * 4 ** (0.75 - 0.15) * 2 + (static if due else 1e-2), rel=1e-6)
         step = next(s for s in plan.steps if part in s.reason)
         assert not due or (
             step.technique == "static_int8" and step.config["rate"] == 2.25 and "fixed ranges" in step.reason

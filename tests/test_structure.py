@@ -11,7 +11,8 @@ SRC = Path(__file__).resolve().parent.parent / "src" / "packlight"
 FILES = sorted(SRC.rglob("*.py"))
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("rans", "npm", "heap"),
+    ("rans", "npm", "heap", "sinusoids", "trellis"),
+    ("chunks",),
     (
         "plan",
         "target",
@@ -30,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "metrics",
         "retrieval",
     ),
-    ("patches", "rows"),
+    ("patches", "rows", "viterbi"),
     ("quant", "vocabulary", "vocabulary_*", "families", "families.*", "packing", "windows"),
     ("convolutions", "static", "designing", "narrow_attention"),
     ("structure", "pruning"),

@@ -15,7 +15,7 @@ from typing import Any
 from packlight.errors import BundleError
 from packlight.plan import write_json
 
-VERSION = 2  # 2: a tokenizer without merges
+VERSION = 3  # 2: a tokenizer without merges; 3: codes along a trellis, positions by their formula
 MANIFEST = "manifest.json"
 _KEYS = ("version", "packlight", "family", "task", "source", "runtime", "graphs", "serving", "plan", "files")
 _MAX_MANIFEST = 64 * 2**20

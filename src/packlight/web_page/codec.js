@@ -7,6 +7,9 @@ const BITS = 12;
 const LANES = 4096;
 const LOW = 0x10000;
 const MOST = 2 ** 31;
+const SEGMENT = 48;
+// The state after each of the trellis's eight and the second lowest bit of a code.
+const FOLLOWING = [0, 2, 5, 7, 1, 3, 4, 6, 2, 0, 7, 5, 3, 1, 6, 4];
 
 /** What is wrong with the bytes that came. */
 export class Damaged extends Error {}
@@ -28,9 +31,9 @@ export async function decodeWeights(file, report = () => {}) {
   const arrays = new Map();
   for (const name of Object.keys(index).sort(byCodePoint)) {
     const entry = index[name];
-    if (entry.coding === "ans") {
+    if (entry.coding === "ans" || entry.coding === "path") {
       const members = chunks.get(entry.chunk) ?? [];
-      members.push({ name, shape: entry.shape, coded: data(name) });
+      members.push({ name, shape: entry.shape, coded: data(name), path: entry.coding === "path" });
       chunks.set(entry.chunk, members);
     } else if (entry.coding !== "chunk") {
       arrays.set(name, await plain(data(name), entry));
@@ -86,7 +89,12 @@ async function plain(data, { coding, dtype, shape }) {
   refuse(!well || (coding === "float16" && dtype !== "float32"), "it holds an array of unknown kind");
   const size = width * shape.reduce((product, n) => product * n, 1);
   refuse(size > MOST, "it names an array that is too large");
-  refuse(!["raw", "huffman", "float16"].includes(coding), `it uses the coding ${coding}`);
+  refuse(!["raw", "huffman", "float16", "sinusoids"].includes(coding), `it uses the coding ${coding}`);
+  if (coding === "sinusoids") {
+    const table = dtype === "float32" && shape.length === 2 && shape[1] >= 4 && shape[1] % 2 === 0;
+    refuse(!table || data.length, "it names sinusoids that can't be right");
+    return widened(sinusoids(...shape));
+  }
   const raw = coding === "huffman" ? await inflate(data, size, "deflate-raw") : data.slice();
   refuse(raw.length !== size, "an array is too short or too long");
   return coding === "float16" ? widened(raw) : raw;
@@ -104,6 +112,31 @@ function widened(raw) {
     bits[i] |= (half[i] & 0x8000) << 16;
   }
   return new Uint8Array(bits.buffer);
+}
+
+/** Sines, then cosines, of every position, as the bytes of float16 numbers. */
+function sinusoids(positions, width) {
+  const half = width / 2;
+  const table = new Uint16Array(positions * width);
+  for (let i = 0; i < half; i++) {
+    const slow = Math.exp((-Math.log(10000) / (half - 1)) * i);
+    for (let p = 0; p < positions; p++) {
+      table[p * width + i] = halved(Math.sin(p * slow));
+      table[p * width + half + i] = halved(Math.cos(p * slow));
+    }
+  }
+  return new Uint8Array(table.buffer);
+}
+
+/** The bits of the float16 nearest to a number from -1 to 1, halves to even. */
+function halved(value) {
+  const size = Math.abs(value);
+  const exponent = size < 2 ** -14 ? -14 : Math.min(0, Math.floor(Math.log2(size)));
+  const steps = size / 2 ** (exponent - 10);
+  const down = Math.floor(steps);
+  const up = steps - down > 0.5 || (steps - down === 0.5 && down % 2);
+  const sign = value < 0 || Object.is(value, -0) ? 0x8000 : 0;
+  return sign | (((exponent + 14) << 10) + down + (up ? 1 : 0)); // what is carried goes on into the exponent
 }
 
 /** Undoes zlib ("deflate"), gzip or raw DEFLATE into exactly that many bytes. */
@@ -135,39 +168,59 @@ async function decodeChunk(data, members, report) {
   }
   refuse(data.length < 4, "coded weights are too short");
   const size = new DataView(data.buffer, data.byteOffset).getUint32(0, true);
-  const raw = await inflate(data.subarray(4, 4 + size), 512 * TABLES, "deflate");
-  const lookup = slots(new Uint16Array(raw.buffer));
-  const count = members.reduce((sum, { shape }) => sum + shape[0] * shape[1], 0);
-  const codes = decodeStream(data.subarray(4 + size), tablesOf(members, levels, count), lookup, report);
-  let at = 0;
-  return members.map(({ name, shape: [rows, columns] }, m) => {
-    for (let row = 0; row < rows; row++) {
-      const centre = levels[m][row];
-      for (let end = at + columns; at < end; at++) codes[at] += centre; // modulo 256, as they were coded
-    }
-    return [name, new Uint8Array(codes.buffer.slice(at - rows * columns, at))];
+  const count = TABLES * (members.some(({ path }) => path) ? 2 : 1);
+  const raw = await inflate(data.subarray(4, 4 + size), 512 * count, "deflate");
+  const total = members.reduce((sum, { shape }) => sum + shape[0] * shape[1], 0);
+  const stream = opened(data.subarray(4 + size), total, slots(new Uint16Array(raw.buffer), count));
+  let before = 0;
+  const found = members.map(({ name, shape: [rows, columns], path }, m) => {
+    const codes = (path ? decodePath : decodePlain)(stream, rows, columns, levels[m], (done) => report(before + done));
+    before += codes.length;
+    return [name, new Uint8Array(codes.buffer)];
   });
+  stream.end();
+  return found;
 }
 
-/** The table of every code: the level of its row plus that of its column. */
-function tablesOf(members, levels, count) {
-  const tables = new Uint8Array(count);
-  let at = 0;
-  members.forEach(({ shape: [rows, columns] }, m) => {
-    const byColumn = levels[m].subarray(2 * rows);
-    for (let row = 0; row < rows; row++) {
-      const base = levels[m][rows + row] + OFFSET;
-      for (let j = 0; j < columns; j++) tables[at++] = Math.min(TABLES - 1, Math.max(0, base + byColumn[j]));
+/** The table of a code: the level of its row plus that of its column. */
+const tableOf = (level) => Math.min(TABLES - 1, Math.max(0, level + OFFSET));
+
+/** Codes one row after the other. Centres are added modulo 256, as they were taken off. */
+function decodePlain(stream, rows, columns, levels, report) {
+  const codes = new Int8Array(rows * columns);
+  for (let row = 0, at = 0; row < rows; row++) {
+    for (let j = 0; j < columns; j++) {
+      codes[at++] = stream.next(tableOf(levels[rows + row] + levels[2 * rows + j])) + levels[row];
     }
-  });
-  return tables;
+    if (row % 64 === 0) report(at);
+  }
+  return codes;
+}
+
+/** Codes along a trellis: the first of every segment of every row, then the second; the state says which parity is next. */
+function decodePath(stream, rows, columns, levels, report) {
+  const codes = new Int8Array(rows * columns);
+  const segments = Math.ceil(columns / SEGMENT);
+  const states = new Uint8Array(rows * segments);
+  for (let step = 0; step < Math.min(SEGMENT, columns); step++) {
+    for (let row = 0; row < rows; row++) {
+      for (let j = step, at = row * segments; j < columns; j += SEGMENT, at++) {
+        const table = tableOf(levels[rows + row] + levels[2 * rows + j]) + TABLES * (states[at] & 1);
+        const code = (stream.next(table) + levels[row]) & 255;
+        codes[row * columns + j] = code;
+        states[at] = FOLLOWING[2 * states[at] + ((code >> 1) & 1)];
+      }
+    }
+    report(Math.floor((codes.length * step) / SEGMENT));
+  }
+  return codes;
 }
 
 /** For every table and slot: symbol << 24 | frequency << 12 | distance from the symbol's first slot. */
-function slots(frequencies) {
-  const lookup = new Uint32Array(TABLES << BITS);
+function slots(frequencies, count) {
+  const lookup = new Uint32Array(count << BITS);
   let at = 0;
-  for (let table = 0; table < TABLES; table++) {
+  for (let table = 0; table < count; table++) {
     for (let symbol = 0; symbol < 256; symbol++) {
       const frequency = frequencies[256 * table + symbol];
       refuse(at + frequency > (table + 1) << BITS, "its tables are damaged");
@@ -178,29 +231,27 @@ function slots(frequencies) {
   return lookup;
 }
 
-/** Range asymmetric numeral systems (Duda 2013) with interleaved lanes: the codes, one per entry of `tables`. */
-function decodeStream(data, tables, lookup, report) {
-  const count = tables.length;
+/** Range asymmetric numeral systems (Duda 2013) with interleaved lanes: `next` gives the next symbol of a table. */
+function opened(data, count, lookup) {
   const lanes = Math.max(1, Math.min(LANES, Math.floor(count / 64)));
   refuse(data.length < 4 * lanes || data.length % 2, "coded weights are too short");
   const aligned = data.slice().buffer;
   const state = new Uint32Array(aligned, 0, lanes);
   const words = new Uint16Array(aligned, 4 * lanes);
-  const codes = new Int8Array(count);
   let position = 0;
-  for (let at = 0, step = 0; at < count; at += lanes, step++) {
-    const active = Math.min(lanes, count - at);
-    for (let lane = 0; lane < active; lane++) {
-      const before = state[lane];
-      const entry = lookup[(tables[at + lane] << BITS) | (before & 4095)];
-      codes[at + lane] = entry >>> 24;
-      let after = (Math.imul((entry >>> BITS) & 4095, before >>> BITS) + (entry & 4095)) >>> 0;
-      if (after < LOW) after = ((after << 16) | words[position++]) >>> 0;
-      state[lane] = after;
-    }
+  let lane = 0;
+  const next = (table) => {
+    const before = state[lane];
+    const entry = lookup[(table << BITS) | (before & 4095)];
+    let after = (Math.imul((entry >>> BITS) & 4095, before >>> BITS) + (entry & 4095)) >>> 0;
+    if (after < LOW) after = ((after << 16) | words[position++]) >>> 0;
+    state[lane] = after;
+    lane = lane + 1 === lanes ? 0 : lane + 1;
+    return entry >>> 24;
+  };
+  const end = () => {
     refuse(position > words.length, "coded weights end too early");
-    if (step % 64 === 0) report(at);
-  }
-  refuse(position !== words.length || state.some((s) => s !== LOW), "coded weights do not end where they should");
-  return codes;
+    refuse(position !== words.length || state.some((s) => s !== LOW), "coded weights do not end where they should");
+  };
+  return { next, end };
 }

@@ -20,7 +20,7 @@ from packlight.errors import BundleError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_LEVELS, _OFFSET, _FLOOR = 56, 16, 0.01  # tables of a parity; the table of level 0; keeps rows of zeros finite
+_LEVELS, _OFFSET, _FLOOR = 56, 16, 0.01  # tables of a set; the table of level 0; keeps rows of zeros finite
 _WIDEST = 1 << 14  # different codes that are told apart when a rate is estimated
 _LEVEL_BITS = 2.5  # that a level takes in the file, about
 PIECE = 1 << 18  # bytes, or codes, handled at once
@@ -53,7 +53,7 @@ class Spread:
         return zlib.compress(b"".join(part.tobytes() for part in (self.centres, self.rows, self.columns)), 9)
 
     def tables(self, rows: slice, columns: slice) -> Array:
-        """The table of every code in these rows and columns, uint8, of those for even codes where it is a path."""
+        """The table of every code in these rows and columns, uint8; of the first set, that of codes that are no path."""
         sums = self.rows[rows, None].astype(np.int16) + self.columns[None, columns]
         return (sums + _OFFSET).clip(0, _LEVELS - 1).astype(np.uint8)
 
@@ -78,12 +78,14 @@ def _in_order(codes: Array, spread: Spread) -> Iterator[tuple[Array, Array]]:
     states = trellis.start(*codes.shape)
     for place in trellis.steps(codes.shape[1]):
         part = codes[:, place]
-        odd = states[:, : part.shape[1]] & 1
-        yield (
-            (part - spread.centres[:, None]).reshape(-1),
-            (spread.tables(slice(None), place) + _LEVELS * odd).reshape(-1),
-        )
+        tables = _by_parity(spread.tables(slice(None), place), states)
+        yield (part - spread.centres[:, None]).reshape(-1), tables.reshape(-1)
         trellis.advance_(states, part)
+
+
+def _by_parity(tables: Array, states: Array) -> Array:
+    """The same tables of the second set where the states say that a code is even, of the third where it is odd."""
+    return tables + _LEVELS * (1 + (states[:, : tables.shape[1]] & 1))
 
 
 def entropy(codes: Array) -> float:
@@ -110,8 +112,8 @@ def coded_rate(codes: Array) -> float:
     tables = np.concatenate([table for _, table in pieces]).astype(np.int32)
     low = int(left.min())
     width = min(int(left.max()) - low + 1, _WIDEST)
-    counts = np.bincount(tables * width + (left - low) % width, minlength=2 * _LEVELS * width)
-    counts = counts.reshape(2 * _LEVELS, -1).astype(np.float64)
+    counts = np.bincount(tables * width + (left - low) % width, minlength=3 * _LEVELS * width)
+    counts = counts.reshape(3 * _LEVELS, -1).astype(np.float64)
     used = counts > 0
     total = np.broadcast_to(counts.sum(1, keepdims=True), counts.shape)
     bits = float(-(counts[used] * np.log2(counts[used] / total[used])).sum())
@@ -131,7 +133,7 @@ def encode_chunk(arrays: Sequence[Array], spreads: Sequence[Spread]) -> bytes:
 
 
 def _count(spreads: Iterable[Spread]) -> int:
-    return _LEVELS * (2 if any(s.path for s in spreads) else 1)
+    return _LEVELS * (3 if any(s.path for s in spreads) else 1)
 
 
 def decode_chunk(data: bytes, members: Sequence[tuple[str, Spread]]) -> Iterator[tuple[str, Array]]:
@@ -170,8 +172,7 @@ def _decode_path(decoder: rans.Decoder, spread: Spread) -> Array:
     codes: Array = np.empty((len(spread.rows), len(spread.columns)), np.int8)
     states = trellis.start(*codes.shape)
     for place in trellis.steps(codes.shape[1]):
-        tables = spread.tables(slice(None), place)
-        tables += _LEVELS * (states[:, : tables.shape[1]] & 1)
+        tables = _by_parity(spread.tables(slice(None), place), states)
         part = decoder.take(tables.reshape(-1)).view(np.int8).reshape(tables.shape)
         part += spread.centres[:, None]
         codes[:, place] = part

@@ -168,7 +168,7 @@ async function decodeChunk(data, members, report) {
   }
   refuse(data.length < 4, "coded weights are too short");
   const size = new DataView(data.buffer, data.byteOffset).getUint32(0, true);
-  const count = TABLES * (members.some(({ path }) => path) ? 2 : 1);
+  const count = TABLES * (members.some(({ path }) => path) ? 3 : 1);
   const raw = await inflate(data.subarray(4, 4 + size), 512 * count, "deflate");
   const total = members.reduce((sum, { shape }) => sum + shape[0] * shape[1], 0);
   const stream = opened(data.subarray(4 + size), total, slots(new Uint16Array(raw.buffer), count));
@@ -205,7 +205,7 @@ function decodePath(stream, rows, columns, levels, report) {
   for (let step = 0; step < Math.min(SEGMENT, columns); step++) {
     for (let row = 0; row < rows; row++) {
       for (let j = step, at = row * segments; j < columns; j += SEGMENT, at++) {
-        const table = tableOf(levels[rows + row] + levels[2 * rows + j]) + TABLES * (states[at] & 1);
+        const table = tableOf(levels[rows + row] + levels[2 * rows + j]) + TABLES * (1 + (states[at] & 1));
         const code = (stream.next(table) + levels[row]) & 255;
         codes[row * columns + j] = code;
         states[at] = FOLLOWING[2 * states[at] + ((code >> 1) & 1)];

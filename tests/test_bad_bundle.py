@@ -1,6 +1,7 @@
 """Folders, plans, bundles and recordings that can't be used get one sentence and status 2; nothing is lost."""
 
 import errno
+import gzip
 import json
 import os
 import sys
@@ -13,6 +14,8 @@ import soundfile
 
 from packlight import terminal
 from packlight.bundle import open_bundle, verify
+from packlight.errors import BundleError
+from packlight.runtimes.onnx import read_graph
 
 pytest.importorskip("torch")
 
@@ -70,7 +73,7 @@ def flipped_byte(bundle: Path) -> None:
 
 
 def missing_graph(bundle: Path) -> None:
-    (bundle / "decoder.onnx").unlink()
+    (bundle / "decoder.onnx.gz").unlink()
 
 
 def extra_file(bundle: Path) -> None:
@@ -97,7 +100,7 @@ def other_task(bundle: Path) -> None:
 
 BAD_BUNDLES = [
     (flipped_byte, "weights.safetensors was changed: its sha256 is not the manifest's"),
-    (missing_graph, "decoder.onnx is missing"),
+    (missing_graph, "decoder.onnx.gz is missing"),
     (extra_file, "extra.txt is not in the manifest"),
     (leaves_the_folder, "names '../secret', which is not a plain file name in this folder"),
     (newer, "has format version 99; this packlight reads up to 2. Update packlight"),
@@ -196,3 +199,16 @@ def test_errors_of_our_own_making_keep_their_traceback() -> None:
 
 def test_the_bundle_of_these_tests_is_whole(good: Things) -> None:
     verify(open_bundle(good.bundle))
+
+
+def test_a_graph_that_can_not_be_unpacked_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "g.onnx.gz"
+    for content in (b"no gzip", gzip.compress(b"x" * 1000)[:-9], gzip.compress(b"x" * 1000)[:20] + bytes(30)):
+        file.write_bytes(content)
+        with pytest.raises(BundleError, match="damaged"):
+            read_graph(file)
+    file.write_bytes(gzip.compress(bytes(1000)))
+    assert read_graph(file) == bytes(1000)
+    monkeypatch.setattr("packlight.runtimes.onnx._LARGEST", 999)
+    with pytest.raises(BundleError, match="can't be right"):
+        read_graph(file)

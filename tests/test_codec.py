@@ -20,6 +20,16 @@ def peaked_codes(n: int = 100_000, width: float = 4.0) -> np.ndarray:
     return np.round(np.random.default_rng(0).normal(0, width, n)).clip(-63, 63).astype(np.int8)
 
 
+def halves(n: int = 1000) -> np.ndarray:
+    return np.random.default_rng(0).lognormal(0, 0.3, n).astype(np.float16).astype(np.float32)
+
+
+def test_the_upper_bytes_of_halves_get_a_code_of_their_own() -> None:
+    data, coding = encode(halves())
+    assert coding == "planes" and len(data) < 1450  # of 2000; all bytes together would take 1800
+    assert np.array_equal(decode(data, coding, "float32", (1000,)), halves())
+
+
 def write_raw(path: Path, blobs: dict[str, np.ndarray], index: object) -> None:
     from safetensors.numpy import save_file
 
@@ -89,9 +99,12 @@ def test_decode_refuses_a_header_that_asks_for_too_much() -> None:
         decode(b"", "raw", "float32", (2**31, 2**31))
 
 
-@pytest.mark.parametrize("coding", ["raw", "huffman", "float16"])
+@pytest.mark.parametrize("coding", ["raw", "huffman", "float16", "planes"])
 def test_decode_refuses_truncated_bytes(coding: str) -> None:
-    array = {"raw": np.arange(100), "huffman": peaked_codes(1000), "float16": np.ones(100, dtype=np.float32)}[coding]
+    array = {
+        "raw": np.arange(100), "huffman": peaked_codes(1000), "float16": np.ones(9, dtype=np.float32),
+        "planes": halves(),
+    }[coding]  # fmt: skip
     data, found = encode(array)
     assert found == coding
     with pytest.raises(BundleError):

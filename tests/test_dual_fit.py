@@ -143,7 +143,12 @@ def test_frozen_classes_rank_as_the_bundle_that_they_were_taken_from(road, tmp_p
     labels = ("red", "green", "blue", "dark square")
     whole = packlight.open_served(out / "bundle")
     made = freeze(whole, labels, tmp_path / "frozen", ("a photo of the {}", "{}"))
-    assert {f.name for f in made.path.iterdir()} == {"manifest.json", "image.onnx", "weights.safetensors", "README.md"}
+    assert {f.name for f in made.path.iterdir()} == {
+        "manifest.json",
+        "image.onnx.gz",
+        "weights.safetensors",
+        "README.md",
+    }
     assert made.size < 0.7 * whole.bundle.size
     frozen = packlight.open_served(made.path)
     classes = whole.encoder.embed_classes(labels, ("a photo of the {}", "{}"))

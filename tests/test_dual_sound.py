@@ -162,7 +162,12 @@ def test_labels_of_sounds_are_asked_as_sounds_and_frozen(road, tmp_path):
     whole = open_served(out / "bundle", 1)
     made = freeze(whole, ("red", "green", "blue"), tmp_path / "frozen")
     assert made.manifest["serving"]["templates"] == ["This is a sound of {}."]
-    assert {f.name for f in made.path.iterdir()} == {"manifest.json", "audio.onnx", "weights.safetensors", "README.md"}
+    assert {f.name for f in made.path.iterdir()} == {
+        "manifest.json",
+        "audio.onnx.gz",
+        "weights.safetensors",
+        "README.md",
+    }
     classes = whole.encoder.embed_classes(("red", "green", "blue"), ("This is a sound of {}.",))
     (scores,) = open_served(made.path, 1).reply((sound(1), ()))
     assert np.allclose(scores, classes @ whole.encoder.embed_content(sound(1)), atol=0.02)

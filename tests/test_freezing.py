@@ -32,8 +32,8 @@ def test_a_fit_of_frozen_classes_measures_the_bundle_that_ships(tmp_path):
     served = packlight.open_served(tmp_path / "out" / "bundle", 1)
     manifest = served.bundle.manifest
     assert manifest["task"] == "image-classes" and manifest["serving"]["labels"] == ["blue", "green", "red"]
-    assert {f.name for f in served.bundle.path.iterdir()} >= {"image.onnx", "weights.safetensors"}
-    assert not (served.bundle.path / "text.onnx").exists() and served.bundle.size <= size
+    assert {f.name for f in served.bundle.path.iterdir()} >= {"image.onnx.gz", "weights.safetensors"}
+    assert not (served.bundle.path / "text.onnx.gz").exists() and served.bundle.size <= size
     evaluation = split(prompted(read_dataset(data)))[1]
     answers = [served.reply(served.open_input(s.path, ())) for s in evaluation.samples]
     rated = frozen_rate(evaluation, answers, served.decode)

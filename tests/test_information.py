@@ -143,3 +143,87 @@ def test_bits_go_to_the_layers_whose_outputs_count(tmp_path) -> None:
                 layer.weight.copy_(weights[path])
     assert errors[0] < 0.85 * errors[1] and errors[1] < 0.85 * errors[2], errors
     assert bits_between({FC: weights[FC]}, sums, 0.01, 0.35) == {}
+
+
+# Positions ----------------------------------------------------------------------------------------------------------
+
+
+def test_positions_cost_what_their_gradients_say(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(information, "_FEW", 1)
+    model = fresh(small_whisper.save_model(tmp_path / "model"))
+    head, given = "model.decoder.layers.1.encoder_attn.k_proj", batches(4)
+    found = row_costs(model, given, [FC, head], every=True)
+    inputs = {FC: 0, head: 0}
+    for path in inputs:
+        handle = model.module.get_submodule(path).register_forward_pre_hook(
+            lambda m, args, path=path: inputs.__setitem__(path, inputs[path] + args[0][..., 0].numel())
+        )
+        with torch.no_grad():
+            for batch in given:
+                model.family.run(model.module, batch)
+        handle.remove()
+    for path, count in inputs.items():
+        cost = found[f"{path}.positions"]
+        assert cost.shape == (count,) and (cost >= 0).all() and float(cost.mean()) == pytest.approx(1, rel=1e-5)
+    # Both are sums over the same squares: by rows and by positions.
+    assert found[f"{FC}.use"].numel() == model.module.get_submodule(FC).out_features
+    assert not any(k.endswith(".positions") for k in row_costs(model, given, [FC]))
+    monkeypatch.undo()  # so few positions are too few to choose among
+    assert f"{FC}.positions" not in row_costs(model, given, [FC], every=True)
+
+
+def test_positions_that_no_word_comes_from_cost_nothing(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(information, "_FEW", 0.01)
+    model = fresh(small_whisper.save_model(tmp_path / "model"))
+    for layer in model.module.model.decoder.layers:  # the decoder looks at nothing but the encoder's first positions
+        layer.encoder_attn.forward = _only_first(layer.encoder_attn.forward, 5)
+    cost = row_costs(model, batches(1), ["model.encoder.layers.1.fc2"], every=True)[
+        "model.encoder.layers.1.fc2.positions"
+    ]
+    assert (cost[:5] > 0).all() and not cost[5:].any()
+
+
+def _only_first(forward, count):
+    def run(hidden, key_value_states=None, **rest):
+        return forward(hidden, key_value_states=key_value_states[:, :count], **rest)
+
+    return run
+
+
+def test_weighted_gram_matrices_are_sums_over_positions_in_order() -> None:
+    layer = torch.nn.Linear(6, 3)
+    parts = [torch.randn(1, n, 6) for n in (4, 7)]
+    weights = torch.rand(11)
+    with torch.no_grad(), grams({"a": layer}, {"a": weights}) as sums:
+        for part in parts:
+            layer(part)
+    rows = torch.cat(parts, 1)[0]
+    assert torch.allclose(sums["a"], (rows.T @ torch.diag(weights) @ rows).double(), atol=1e-5)
+    with torch.no_grad(), grams({"a": layer}, {"a": weights[:5]}):  # weights of other batches
+        layer(parts[0])
+        with pytest.raises(ValueError, match="more positions"):
+            layer(parts[1])
+
+
+def test_errors_go_to_where_they_cost_least() -> None:
+    torch.manual_seed(0)
+    speech, silence = (torch.randn(400, 32) @ torch.randn(32, 32) for _ in range(2))
+    weight = torch.randn(64, 32)
+
+    def loss(share: float) -> float:
+        gram = speech.T @ speech * (1 + share * 0.9) + silence.T @ silence * (1 - share * 0.9)
+        made = feedback(weight, gram.double(), CodesConfig(rate=2.0, columns=True, damp=0.002))
+        return float(((made.approximation - weight) @ speech.T).square().sum())
+
+    assert loss(1.0) < 0.85 * loss(0.0) < 0.85 * loss(-1.0)
+
+
+def test_weighing_positions_is_refused_where_no_words_are_written(dual) -> None:
+    from packlight.compress import check
+    from packlight.errors import PlanError
+    from packlight.plan import Plan, Step
+
+    model, _, _ = dual
+    step = Step("error_feedback", {"rate": 3, "positions": 0.5}, ("*",))
+    with pytest.raises(PlanError, match="models that write text only"):
+        check(Plan((step,), model.family.name), model, "any")

@@ -174,7 +174,7 @@ def test_a_plan_gives_a_smaller_bundle_that_agrees_with_torch_and_reloads(
     without = Plan((weights, Step("float16")), "whisper")
     compress_(full, without, samples, tmp_path / "full")
     larger = deploy(full, without, [], tmp_path / "larger", None, "transcribe")
-    graphs = "encoder.onnx"
+    graphs = "encoder.onnx.gz"
     assert (bundle / "weights.safetensors").stat().st_size < (larger.path / "weights.safetensors").stat().st_size
     assert (bundle / graphs).is_file()
     resumed = load(str(folder))

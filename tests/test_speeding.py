@@ -96,4 +96,4 @@ def test_a_latency_that_is_missed_is_tried_with_a_shorter_context_and_then_with_
 
 
 def _content(bundle: Path) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in bundle.iterdir() if f.suffix in (".onnx", ".safetensors")}
+    return {f.name: f.read_bytes() for f in bundle.iterdir() if f.suffix in (".gz", ".safetensors")}

@@ -21,7 +21,7 @@ from packlight.plan import Plan, Step
 from packlight.quant import LIMIT, channel_grid
 from packlight.ranging import with_static
 from packlight.runtimes import onnx_static
-from packlight.runtimes.onnx import open_graphs
+from packlight.runtimes.onnx import open_graphs, read_graph
 from packlight.runtimes.onnx_export import export
 from packlight.serve import open_served
 from packlight.static import Range, fake, geometry_of, is_depthwise, kernel_of, range_of, rows_of, static_conv, taps_of
@@ -321,7 +321,7 @@ def test_the_bundle_agrees_with_torch_and_loads_again(folder: Path, tmp_path: Pa
     assert found["passed"]
     assert found["error"] < 1e-3
     nodes = Counter(
-        n.op_type for n in onnx.load(tmp_path / "bundle" / "image.onnx", load_external_data=False).graph.node
+        n.op_type for n in onnx.load_from_string(read_graph(tmp_path / "bundle" / "image.onnx.gz")).graph.node
     )
     convs = sum(isinstance(m, StaticConv) for m in model.module.modules())
     assert nodes["QLinearConv"] == convs == 13

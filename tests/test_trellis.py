@@ -162,7 +162,7 @@ def mixed() -> dict[str, np.ndarray]:
         steep[row] = nearest_path(values.roll(row), LIMIT).numpy()
     return {
         "a": path_codes(96, 96), "b": plain.astype(np.int8), "c": path_codes(80, 1537, 0.4), "d": steep,
-        "e": np.zeros((64, 70), np.int8), "f": sinusoids(150, 64), "g": sinusoids(9, 8) + np.float32(0.25),
+        "e": np.zeros((64, 70), np.int8), "h": gaussian(3, 300).half().float().numpy(), "f": sinusoids(150, 64), "g": sinusoids(9, 8) + np.float32(0.25),
     }  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def test_the_browser_reads_what_python_wrote(tmp_path: Path) -> None:
     node = shutil.which("node")
     if node is None:
         pytest.skip("needs node; the tests of the page run the same decoder in a browser")
-    arrays = mixed() | {"h": sinusoids(1500, 384)}
+    arrays = mixed() | {"i": sinusoids(1500, 384)}
     write_weights(tmp_path / "w", arrays)
     shutil.copy(CODEC, tmp_path / "codec.mjs")
     script = """

@@ -16,6 +16,7 @@ from packlight import web_runtime
 from packlight.codec import read_weights
 from packlight.errors import BundleError, DataError, RuntimeMissing
 from packlight.freezing import freeze
+from packlight.runtimes.onnx import read_graph
 from packlight.runtimes.onnx_wire import external_names
 from packlight.serve import open_served
 from packlight.web import Page, packed_vectors, write_site
@@ -49,7 +50,7 @@ def test_a_site_holds_the_text_tower_the_vectors_and_the_pictures_and_says_how_t
         stored = (found.path / file["path"]).read_bytes()
         content = gzip.decompress(stored) if file["path"].endswith(".gz") else stored
         assert (len(stored), len(content), zlib.crc32(content)) == (file["bytes"], file["content"], file["crc32"])
-    graph = (served.bundle.path / "text.onnx").read_bytes()
+    graph = read_graph(served.bundle.path / "text.onnx.gz")
     whole = dict(read_weights(served.bundle.path / "weights.safetensors", external_names(graph)))
     tower = dict(read_weights(found.path / "model" / "weights.safetensors"))
     assert tower.keys() == whole.keys() and all(np.array_equal(tower[n], whole[n]) for n in whole)
@@ -80,7 +81,7 @@ def test_vectors_of_16_bits_keep_every_score_within_what_two_runtimes_differ_by(
 
 def test_the_graph_of_the_page_is_the_bundles_but_for_where_its_weights_lie(made):
     onnx = pytest.importorskip("onnx")
-    graph = (made[0].bundle.path / "text.onnx").read_bytes()
+    graph = read_graph(made[0].bundle.path / "text.onnx.gz")
     names = external_names(graph)
     moved = onnx.load_from_string(relocated(graph, {name: f"w{i}" for i, name in enumerate(names)}))
     original = onnx.load_from_string(graph)

@@ -26,6 +26,7 @@ _DTYPES = ("int8", "uint8", "int32", "int64", "float16", "float32", "bool")
 _SMALL = 4096  # smaller matrices are not worth their levels
 _CHUNK = 1 << 26  # codes decoded at once
 _PREFIX = "ans/"  # of the names of chunks
+_CODINGS = ("raw", "huffman", "float16", "planes", "sinusoids")  # of what is coded alone
 _CODES = ("ans", "path")  # codings of matrices that lie in a chunk: code by code, and along a trellis
 _TABLE, _BLOCK = 1 << 20, 1 << 15  # bytes from which rows are coded in blocks; bytes of a block
 
@@ -37,8 +38,8 @@ def encode(array: Array) -> tuple[bytes, str]:
         array: any shape; dtype int8, uint8, int32, int64, float16, float32 or bool.
 
     Returns:
-        the bytes, and the coding: 'raw', 'huffman' (int8 and uint8), 'float16' (float32 that float16 holds exactly) or
-        'sinusoids' (a table of them, which takes no bytes).
+        the bytes, and the coding: 'raw', 'huffman' (int8 and uint8), 'planes' or 'float16' (float32 that float16 holds
+        exactly) or 'sinusoids' (a table of them, which takes no bytes).
 
     Raises:
         BundleError: a dtype that the format does not know.
@@ -58,7 +59,8 @@ def _encode(array: Array) -> tuple[list[bytes], str]:
         with np.errstate(over="ignore"):
             half = array.astype(np.float16)
         if np.array_equal(half.astype(np.float32), array):
-            return [half.tobytes()], "float16"
+            planes = _planes(half)
+            return ([planes], "planes") if len(planes) < half.nbytes else ([half.tobytes()], "float16")
     if array.dtype in (np.int8, np.uint8) and array.size:
         coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
         step = block_rows(array.shape) * int(np.prod(array.shape[1:]))
@@ -68,6 +70,14 @@ def _encode(array: Array) -> tuple[list[bytes], str]:
         if sum(map(len, pieces)) < 0.98 * len(raw):
             return pieces, "huffman"
     return [raw], "raw"
+
+
+def _planes(half: Array) -> bytes:
+    """The upper bytes of float16 numbers, which are much alike, with a Huffman code of their own, then the lower ones."""
+    pairs = np.frombuffer(half.astype("<f2").tobytes(), np.uint8).reshape(-1, 2)
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    upper = coder.compress(pairs[:, 1].tobytes()) + coder.flush(zlib.Z_FULL_FLUSH)
+    return upper + coder.compress(pairs[:, 0].tobytes()) + coder.flush()
 
 
 def block_rows(shape: Sequence[int]) -> int:
@@ -92,18 +102,21 @@ def _decode(pieces: Iterator[bytes | memoryview], coded: int, entry: Mapping[str
     coding, dtype, shape = entry["coding"], str(entry.get("dtype")), tuple(entry["shape"])
     if dtype not in _DTYPES or any(not isinstance(n, int) or n < 0 for n in shape):
         raise BundleError(f"The weights file names an array of {dtype} {list(shape)}, which the format does not know.")
-    if (coding == "float16" and dtype != "float32") or (coding == "huffman" and dtype not in ("int8", "uint8")):
+    if (coding in ("float16", "planes") and dtype != "float32") or (
+        coding == "huffman" and dtype not in ("int8", "uint8")
+    ):
         raise BundleError(f"The weights file codes an array of {dtype} as {coding}, which the format does not allow.")
-    stored = "float16" if coding == "float16" else dtype
+    stored = "float16" if coding in ("float16", "planes") else dtype
     size = int(np.dtype(stored).itemsize * np.prod(shape, dtype=object))
     if size > MAX_BYTES:
         raise BundleError(f"The weights file names an array of {size} bytes; that can't be right.")
     if coding == "huffman":
         return inflate(pieces, coded, size, -15).view(dtype).reshape(shape)
+    if coding == "planes":
+        upper, lower = inflate(pieces, coded, size, -15).reshape(2, -1)
+        return np.stack([lower, upper], 1).view("<f2").reshape(shape).astype(np.float32)
     if coding not in ("raw", "float16", "sinusoids"):
-        raise BundleError(
-            f"The weights file uses the coding {coding!r}; this packlight knows raw, huffman, float16, sinusoids."
-        )
+        raise BundleError(f"The weights file uses the coding {coding!r}; this packlight knows {', '.join(_CODINGS)}.")
     if coding == "sinusoids":
         if dtype != "float32" or len(shape) != 2 or shape[1] < 4 or shape[1] % 2 or coded:
             raise BundleError(f"The weights file names sinusoids of {dtype} {list(shape)}; that can't be right.")

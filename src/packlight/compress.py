@@ -93,6 +93,8 @@ def check(plan: Plan, model: Model, calibration: str | None = None) -> dict[str,
             raise PlanError(f"{table} and {head} share their weights, so one step must take both.")
     for path, assignment in found.items():
         assignment.technique.matrix(layers[path])  # raises for kinds of layers that it can't take
+        if getattr(assignment.config, "positions", 0) and model.family.sides is not None:
+            raise PlanError(f"{path}: positions are weighed in models that write text only. Leave 'positions' out.")
     context = _config_of(plan, AUDIO_CONTEXT)
     if context is not None:
         check_context(model, context)
@@ -181,10 +183,9 @@ def compress_(
                 tower,
             )
         ranged = {path for path, a in found.items() if "ranges" in a.technique.needs}
-        paths = {path for path, a in found.items() if "use" in a.technique.needs and a.config.use}
-        costs = row_costs(model, batches, paths, plan.seed, progress) if paths and batches else {}
         seen_by = batches[:: max(1, len(batches) * model.family.group // _SEEN)] if need else []
-        for number, (layers, sums) in enumerate(waves(model, seen_by, ranged=ranged)):
+        costs, weights = _costs(model, found, (batches, seen_by), plan.seed, progress)
+        for number, (layers, sums) in enumerate(waves(model, seen_by, ranged=ranged, weights=weights)):
             measure = partial(_with_costs, costs, layers, sums)
             records += _wave(model, layers, measure, found, tied, work / f"wave_{number:03d}")
             if progress:
@@ -235,6 +236,28 @@ def _distill(
     assert step is not None
     how = (DISTILL.config(**step.config), step.scope, plan.seed)
     distill_(model, teacher, batches, how, work, progress, plan.key)
+
+
+def _costs(
+    model: Model,
+    found: dict[str, Assignment],
+    batches: tuple[Sequence[Batch], Sequence[Batch]],
+    seed: int,
+    progress: Progress | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What errors cost where a layer's settings ask for it, and what positions count in Gram matrices.
+
+    `batches` are all, and those that Gram matrices are taken of.
+    """
+    asking = {path: a.config for path, a in found.items() if "use" in a.technique.needs}
+    paths = {path for path, config in asking.items() if config.use or config.positions}
+    every = any(config.positions for config in asking.values())
+    if not paths or not batches[0]:
+        return {}, {}
+    costs = row_costs(model, batches[1 if every else 0], paths, seed, progress, every)
+    shares = {path: config.positions for path, config in asking.items() if f"{path}.positions" in costs}
+    weights = {p: 1 - share + share * costs.pop(f"{p}.positions") for p, share in shares.items()}
+    return costs, {path: w for path, w in weights.items() if shares[path]}
 
 
 def _with_costs(costs: dict[str, Tensor], paths: list[str], measure: Measure) -> dict[str, Tensor]:

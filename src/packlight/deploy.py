@@ -59,7 +59,7 @@ def deploy(
         "task": model.family.task,
         "source": {k: getattr(source, k) for k in ("name", "architecture", "revision", "licence", "dtype", "sha256")},
         "runtime": plan_runtime(plan),
-        "graphs": {name: f"{name}.onnx" for name in graphs},
+        "graphs": {name: f"{name}.onnx.gz" for name in graphs},
         "serving": model.family.serving(model.module, model.settings, language, task),
         "plan": plan.to_dict(),
         "records": [asdict(r) for r in records],
@@ -72,7 +72,7 @@ def deploy(
 
     def fill(folder: Path) -> None:
         for name, data in graphs.items():
-            (folder / f"{name}.onnx").write_bytes(data)
+            (folder / f"{name}.onnx.gz").write_bytes(gzip.compress(data, 9, mtime=0))
         write_weights(folder / WEIGHTS, weights, users)
         (folder / TOKENIZER).write_bytes(gzip.compress(tokenizer.encode("utf-8"), 9, mtime=0))
         (folder / "README.md").write_text(_card(model, plan), encoding="utf-8")
@@ -99,19 +99,24 @@ def versions() -> dict[str, str]:
 
 
 def _card(model: Model, plan: Plan) -> str:
-    steps = "\n".join(f"- `{s.technique}` {_said(s)} on {', '.join(s.scope)}: {s.reason}" for s in plan.steps)
+    alike: dict[tuple[str, str], list[Step]] = {}
+    for step in plan.steps:  # a part's layers with rates of their own have their reason in common
+        alike.setdefault((step.technique, step.reason.split("; on average")[0]), []).append(step)
+    steps = "\n".join(f"- `{name}` {_said(found)}: {reason}" for (name, reason), found in alike.items())
     return (
         f"---\nlicense: {model.source.licence}\nbase_model: {model.source.name}\n---\n\n"
         f"# {model.source.name}, compressed by packlight\n\nRun it: `pip install packlight`, then "
-        f"`packlight run THIS_FOLDER {model.family.usage}`. Check it: `packlight verify THIS_FOLDER`.\n\n## Plan\n\n{steps}\n"
+        f"`packlight run THIS_FOLDER {model.family.usage}`. Check it: `packlight verify THIS_FOLDER`.\n\n"
+        f"## Plan\n\nThe whole of it is in `manifest.json`.\n\n{steps}\n"
     )
 
 
-def _said(step: Step) -> str:
-    """A step's settings as the card has them: long ones, which the manifest holds, are left out."""
-    config = {k: v for k, v in step.config.items() if len(str(v)) <= _LONG}
-    left = len(step.config) - len(config)
-    return f"{config or ''}{' (more in manifest.json)' if left else ''}"
+def _said(steps: Sequence[Step]) -> str:
+    """Settings and scope of a step as the card has them; of several only what differs little, long settings left out."""
+    if len(steps) > 1:
+        return f"on {sum(len(s.scope) for s in steps)} layers"
+    config = {k: v for k, v in steps[0].config.items() if len(str(v)) <= _LONG}
+    return f"{config or ''} on {', '.join(steps[0].scope)}"
 
 
 # The ladder ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ For a fixed list of labels the text tower has said all that it will ever say. It
 scale per class, symmetric and to nearest, so that a score moves by at most half a step times the norms.
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from packlight.bundle import Bundle, is_bundle, write_bundle
 from packlight.codec import read_weights, write_weights
 from packlight.data import Dataset
 from packlight.errors import BundleError, DataError
+from packlight.runtimes.onnx import read_graph
 from packlight.runtimes.onnx_wire import external_names
 from packlight.serve import PROTOTYPES, WEIGHTS, Served, open_served
 from packlight.texts import checked_templates
@@ -39,7 +41,8 @@ def freeze(served: Served, labels: Sequence[str], out: Path, templates: Sequence
     kind = served.encoder.settings.kind
     templates = checked_templates(templates, kind)
     source = served.bundle
-    graph = (source.path / source.manifest["graphs"][kind]).read_bytes()
+    file = source.manifest["graphs"][kind]
+    graph = read_graph(source.path / file)
     weights = dict(read_weights(source.path / WEIGHTS, external_names(graph)))
     codes, scale = rounded(served.encoder.embed_classes(labels, templates))
     weights.update({f"{PROTOTYPES}/codes": codes, f"{PROTOTYPES}/scale": scale})
@@ -47,12 +50,12 @@ def freeze(served: Served, labels: Sequence[str], out: Path, templates: Sequence
     manifest = {k: v for k, v in source.manifest.items() if k not in ("version", "files", "records", "reload", "model")}
     manifest.update(
         task=f"{kind}-classes",
-        graphs={kind: f"{kind}.onnx"},
+        graphs={kind: file},
         serving={**serving, "labels": list(labels), "templates": list(templates)},
     )
 
     def fill(folder: Path) -> None:
-        (folder / f"{kind}.onnx").write_bytes(graph)
+        shutil.copyfile(source.path / file, folder / file)
         write_weights(folder / WEIGHTS, weights)
         card = (source.path / "README.md").read_text(encoding="utf-8")
         (folder / "README.md").write_text(f"{card}\n## Classes\n\n{', '.join(labels)}\n", encoding="utf-8")

@@ -2,7 +2,8 @@
 
 To second order, an error e in the outputs of a layer costs eᵀ F e, F the mean of g gᵀ over positions, where g is the
 gradient of what the whole model says. Its diagonal says which rows of a linear layer deserve smaller steps, and which of
-several layers more bits: values more than queries, as it turns out. A table that is only looked up has no inputs whose
+several layers more bits: values more than queries, as it turns out. By position, the sum of g² says how much an error
+there matters at all: of thirty seconds most may be silence. A table that is only looked up has no inputs whose
 Gram matrix could be taken; F itself, over its columns, takes that place.
 
 Papers: the Fisher information as curvature, sampled from the model's own answers, Martens 2020, arXiv 1412.1193, and
@@ -12,6 +13,7 @@ Kunstner et al. 2019, arXiv 1905.12558; of vectors, random projections (Hutchins
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,13 +26,19 @@ from packlight.quant import column_steps, find_step
 _BATCHES = 16  # of calibration that gradients are taken of, spread over all
 _PROJECTIONS = 4  # of each batch's vectors
 _AT = 3.5  # bits per weight at which steps of layers are compared: far from where a rate is no longer the log of a step
+_FEW = 8  # positions per input below which their costs, each a single draw, would make Gram matrices of too few
 _LEAST = 0.01  # share of the mean that every row counts at least: sums over few batches are no more exact
 
 Progress = Callable[[str, int, int], None]
 
 
 def row_costs(
-    model: Model, batches: Sequence[Batch], paths: Collection[str], seed: int = 0, progress: Progress | None = None
+    model: Model,
+    batches: Sequence[Batch],
+    paths: Collection[str],
+    seed: int = 0,
+    progress: Progress | None = None,
+    every: bool = False,
 ) -> dict[str, Tensor]:
     """What errors in the rows of layers cost, for layers that any of the batches runs.
 
@@ -40,19 +48,24 @@ def row_costs(
         paths: of linear layers, and of tables of `model.family.tables`; others are passed over.
         seed: of what is drawn.
         progress: called with (what, done, total).
+        every: whether to take all batches, and to give what each position of them costs, for layers with at least
+            eight positions per input.
 
     Returns:
         path.use -> [out] float64, costs of a linear layer's rows, the mean of g² over positions, above 0; path -> of a
-        table [width, width] float64, the sum of g gᵀ over what was read.
+        table [width, width] float64, the sum of g gᵀ over what was read; with `every`, path.positions -> of a linear
+        layer [positions] float32, the sum of g² over its outputs as a share of the mean, for all batches in order.
     """
     family = model.family
     watched = {p: layer for p, layer in model.layers().items() if p in paths and _is_counted(p, layer, family)}
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
+    calls: dict[str, list[Tensor]] = {}
     whole = [b for b in batches if family.sides is None or family.reads in b]  # two towers are compared by both
-    some = whole[:: max(1, -(-len(whole) // _BATCHES))] if watched else []
+    some = whole if every else whole[:: max(1, -(-len(whole) // _BATCHES))]
+    some = some if watched else []
     draw = torch.Generator().manual_seed(seed)
-    with torch.inference_mode(False), torch.enable_grad(), _gradients(model, watched, sums, counts):
+    with torch.inference_mode(False), torch.enable_grad(), _gradients(model, watched, sums, counts, calls):
         for i, batch in enumerate(some):
             for scalar, last in _said(family, model.module, batch, draw):
                 if scalar.requires_grad:
@@ -60,7 +73,10 @@ def row_costs(
             if progress:
                 progress("observing gradients", i + 1, len(some))
     means = {k: v / counts[k] if k.endswith(".use") else v for k, v in sums.items()}
-    return {k: v + _LEAST * v.mean() + 1e-30 if k.endswith(".use") else v for k, v in means.items()}
+    found = {k: v + _LEAST * v.mean() + 1e-30 if k.endswith(".use") else v for k, v in means.items()}
+    joined = {path: torch.cat(each) for path, each in calls.items() if every}
+    joined = {path: v for path, v in joined.items() if len(v) >= _FEW * watched[path].in_features}
+    return found | {f"{path}.positions": (v / v.mean().clamp(min=1e-30)).float() for path, v in joined.items()}
 
 
 def bits_between(
@@ -119,23 +135,34 @@ def _said(family: Family, module: nn.Module, batch: Batch, draw: torch.Generator
 
 @contextmanager
 def _gradients(
-    model: Model, watched: dict[str, nn.Module], sums: dict[str, Tensor], counts: dict[str, int]
+    model: Model,
+    watched: dict[str, nn.Module],
+    sums: dict[str, Tensor],
+    counts: dict[str, int],
+    calls: dict[str, list[Tensor]],
 ) -> Iterator[None]:
-    """Sum up the gradients at the outputs of layers while the context is open; no parameter gets one."""
+    """Sum up the gradients at the outputs of layers while the context is open; no parameter gets one.
+
+    `calls` gets, for each linear layer and each time that it is called, the sums of g² by position.
+    """
     tables = model.family.tables
 
     def watch(path: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
         name = path if path in tables else f"{path}.use"
 
-        def keep(grad: Tensor) -> None:
+        def keep(call: int, grad: Tensor) -> None:
             rows = grad.detach().reshape(-1, grad.shape[-1])
+            if path not in tables:
+                calls[path][call] += rows.double().square().sum(1)
             found = (rows.T @ rows).double() if path in tables else rows.double().square().sum(0)
             sums[name] = sums[name] + found if name in sums else found
             counts[name] = counts.get(name, 0) + len(rows)
 
         def hook(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
             out = out if out.requires_grad else out.detach().requires_grad_(True)
-            out.register_hook(keep)
+            made = calls.setdefault(path, [])  # gradients come in another order, or not at all
+            out.register_hook(partial(keep, len(made)))
+            made.append(torch.zeros(out.numel() // out.shape[-1], dtype=torch.float64, device=out.device))
             return out.clone()  # what follows may write into it
 
         return layer.register_forward_hook(hook)

@@ -13,12 +13,13 @@ from packlight.windows import matrix_inputs
 
 
 @contextmanager
-def grams(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+def grams(layers: Mapping[str, nn.Module], weights: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
     """Sum x xᵀ over everything that enters each layer while the context is open.
 
     Args:
         layers: path -> an nn.Linear, nn.Conv1d or nn.Conv2d; layers that are given the same tensor, as query, key and value
             are, each get their own sum.
+        weights: path -> [positions], what each x xᵀ counts, of all that is to enter the layer in order; 1 for others.
 
     Yields:
         path -> [in, in] float64, filled while the context is open.
@@ -27,11 +28,21 @@ def grams(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     seen: list[tuple[Tensor, Tensor]] = []  # the last input and its Gram matrix: query, key and value share theirs
 
     def watch(path: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        left = None if weights is None else weights.get(path)
+
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if not (seen and seen[0][0] is args[0] and isinstance(module, nn.Linear)):
+            nonlocal left
+            if left is not None:
                 rows = matrix_inputs(module, args[0].detach())
-                seen[:] = [(args[0], (rows.T @ rows).double())]
-            gram = seen[0][1]
+                if len(left) < len(rows):
+                    raise ValueError(f"{path} is entered by more positions than there are weights for.")
+                now, left = left[: len(rows)], left[len(rows) :]
+                gram = (rows.T * now @ rows).double()
+            else:
+                if not (seen and seen[0][0] is args[0] and isinstance(module, nn.Linear)):
+                    rows = matrix_inputs(module, args[0].detach())
+                    seen[:] = [(args[0], (rows.T @ rows).double())]
+                gram = seen[0][1]
             sums[path] = sums[path] + gram if path in sums else gram
 
         return layer.register_forward_pre_hook(hook)

@@ -16,7 +16,7 @@ from packlight.audio import RATE
 from packlight.bundle import Bundle, open_bundle, verify
 from packlight.evaluate import Asked, threads_or_all
 from packlight.measure import machine
-from packlight.runtimes.onnx import Opened
+from packlight.runtimes.onnx import Opened, read_graph
 from packlight.runtimes.onnx_trace import Spent, read_trace
 from packlight.serve import Served, open_parts, serve_parts
 
@@ -165,7 +165,7 @@ def _inside(bundle: Bundle, contents: Sequence[Any], asked: Asked, threads: int)
         spent = {}
         for name, part in parts.items():
             assert part.trace is not None
-            graph = (bundle.path / bundle.manifest["graphs"][name]).read_bytes()
+            graph = read_graph(bundle.path / bundle.manifest["graphs"][name])
             spent[name] = read_trace(Path(part.trace()), graph)
     return spent
 

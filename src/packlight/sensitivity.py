@@ -27,6 +27,7 @@ from packlight.windows import is_matrix, matrix, unmatrix
 Progress = Callable[[str, int, int], None]
 
 _MOST = 6.5  # bits per weight beyond which 7-bit codes are hardly finer
+_POSITIONS = 0.9  # how far positions count by what an error there costs; some of all of them keeps few from ruling
 MEASURED: tuple[float | None, ...] = (None, 4.0, 3.0, 2.25, 1.75)  # bits per weight; None is the finest grid
 
 
@@ -71,7 +72,13 @@ def profile(model: Model) -> list[dict[str, Any]]:
 
 
 def measure_grams(model: Model, batches: Sequence[Batch], progress: Progress | None = None) -> dict[str, Tensor]:
-    """Gram matrices of every linear layer and convolution of the original, in one pass over the batches, and `row_costs`."""
+    """Gram matrices of every linear layer and convolution of the original, in one pass over the batches, and `row_costs`.
+
+    Positions count in Gram matrices as `settings` has it.
+    """
+    costs = row_costs(model, batches, model.layers(), progress=progress, every=_writes(model))
+    positions = {k: costs.pop(k) for k in [*costs] if k.endswith(".positions")}
+    weights = {k.removesuffix(".positions"): 1 - _POSITIONS + _POSITIONS * v for k, v in positions.items()}
     layers = {p: layer for p, layer in model.layers().items() if not _is_lookup(layer) and is_matrix(layer)}
 
     def logits() -> Iterator[Tensor]:
@@ -81,7 +88,7 @@ def measure_grams(model: Model, batches: Sequence[Batch], progress: Progress | N
                 progress("observing activations", i + 1, len(batches))
 
     family = model.family
-    with torch.no_grad(), grams(layers) as sums:
+    with torch.no_grad(), grams(layers, weights) as sums:
         if family.tied:
             use = token_use(logits(), [b[family.reads] for b in batches])
             uses = {f"{table}.use": use for table, _ in family.tied}
@@ -90,7 +97,12 @@ def measure_grams(model: Model, batches: Sequence[Batch], progress: Progress | N
                 pass
             read = ids_read(batches, family.reads)
             uses = {f"{t}.use": read_use(read, model.layers()[t].num_embeddings) for t in family.tables}
-    return {**sums, **row_costs(model, batches, model.layers(), progress=progress), **uses}
+    return {**sums, **costs, **uses}
+
+
+def _writes(model: Model) -> bool:
+    """Whether the model says one word after the other, rather than compare vectors."""
+    return model.family.sides is None
 
 
 def settings(model: Model, part: str, rate: float | None) -> dict[str, Any]:
@@ -103,6 +115,7 @@ def settings(model: Model, part: str, rate: float | None) -> dict[str, Any]:
     first = next(p for p in model.family.parts if p.name == part).tower == model.family.towers[0].name
     found = {"rate": rate, "columns": True, "damp": 0.002 if first else 0.01}
     tied = {p.name for table, _ in model.family.tied if (p := model.family.part_of(table)) is not None}
+    found |= {"positions": _POSITIONS} if _writes(model) and part not in tied else {}
     return found | {"use": 0.25 if part in tied else 0.35}
 
 

@@ -1,7 +1,7 @@
 """The order of compression: the layers before a tower's blocks, each block, the layers after them; last the head."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,33 +36,38 @@ def _sides(model: Model, tower: Tower) -> tuple[list[str], list[str]]:
 
 
 def waves(
-    model: Model, batches: Sequence[Batch], watch: bool = True, ranged: Collection[str] = ()
+    model: Model,
+    batches: Sequence[Batch],
+    watch: bool = True,
+    ranged: Collection[str] = (),
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[list[str], Measure]]:
     """(paths of a wave's layers, function that measures their Gram matrices), each after the waves before it.
 
     The measurement is a function because a wave that an earlier run finished does not need it. Without `watch` it only
     runs the layers before the head, for those who watch them themselves, and gives nothing. Of the layers in `ranged` it
-    also gives what `packlight.observe.ranges` sees.
+    also gives what `packlight.observe.ranges` sees. `weights` says what positions count, as in `packlight.observe.grams`.
     """
     module, family = model.module, model.family
     layers = model.layers()
+    watched = partial(_Watched, ranged=ranged, weights=weights)
     last = [path for pair in family.tied for path in pair]
     for index, tower in enumerate(family.towers):
         blocks = f"{tower.blocks}."
         front, rear = _sides(model, tower)
-        yield front, partial(_measure_front, model, batches, tower, _Watched(front if watch else [], ranged))
+        yield front, partial(_measure_front, model, batches, tower, watched(front if watch else []))
         carried: list[Call] = []  # the calls of the next block; empty when they must be found afresh
         for i in range(_blocks(module, tower)):
             paths = [p for p in layers if p.startswith(f"{blocks}{i}.")]
             yield (
                 paths,
-                partial(_measure_block, model, batches, (tower, i), carried, _Watched(paths if watch else [], ranged)),
+                partial(_measure_block, model, batches, (tower, i), carried, watched(paths if watch else [])),
             )
             if carried:
                 following = _run_block(module.get_submodule(f"{blocks}{i}"), carried) if tower.chained else []
                 carried[:] = following
         if rear:
-            yield rear, partial(_measure_rear, model, batches, _Watched(rear if watch else [], ranged))
+            yield rear, partial(_measure_rear, model, batches, watched(rear if watch else []))
         if index == 0 and batches:
             batches = [family.encode(module, batch) for batch in batches]
     yield [p for p in last if p in layers], partial(_measure_head, model, batches)
@@ -85,16 +90,17 @@ def _blocks(module: nn.Module, tower: Tower) -> int:
 
 @dataclass(frozen=True)
 class _Watched:
-    """Paths of the layers of a wave that are watched, and of all whose ranges are wanted."""
+    """Paths of the layers of a wave that are watched, of all whose ranges are wanted, and what positions count."""
 
     paths: Sequence[str]
     ranged: Collection[str]
+    weights: Mapping[str, Tensor] | None
 
     @contextlib.contextmanager
     def open(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
         """Gram matrices of what is a matrix among the layers, and what goes in and out of convolutions."""
         wanted = [p for p in self.paths if p in self.ranged]
-        with grams(_watched(module, self.paths)) as sums, ranges(module, wanted, sums):
+        with grams(_watched(module, self.paths), self.weights) as sums, ranges(module, wanted, sums):
             yield sums
 
 

@@ -24,6 +24,7 @@ from packlight.errors import BundleError, DataError
 from packlight.images import read_image
 from packlight.listing import FILE_KEYS, json_rows
 from packlight.plan import write_json
+from packlight.runtimes.onnx import read_graph
 from packlight.runtimes.onnx_wire import external_names
 from packlight.serve import TOKENIZER, WEIGHTS, Served
 from packlight.target import format_bytes
@@ -263,7 +264,7 @@ def _write_tower(draft: Path, served: Served, tokenizer: bytes, vectors: Array) 
 
 
 def _graph(served: Served) -> bytes:
-    return (served.bundle.path / served.bundle.manifest["graphs"]["text"]).read_bytes()
+    return read_graph(served.bundle.path / served.bundle.manifest["graphs"]["text"])
 
 
 def _places(graph: bytes) -> dict[str, str]:

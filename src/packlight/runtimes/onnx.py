@@ -1,5 +1,7 @@
 """Opening a bundle's graphs in ONNX Runtime. No torch: this runs on the device."""
 
+import gzip
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,6 +19,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Values = dict[str, Any]
 
 _ARENA = 64 * 2**20  # bytes that the arena begins with
+_LARGEST = 2**28  # bytes of a graph without its weights
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def open_graphs(
     """Load graphs that share weights, one after the other: no weight is in memory before its first graph is loaded.
 
     Args:
-        files: name -> ONNX file without its weights.
+        files: name -> ONNX file without its weights, see `read_graph`.
         weights: names -> (name, array) of those it has, decoded one by one.
         threads: 0 for all cores.
         trace: a folder that the runtime's profile of each graph goes to; None for none.
@@ -67,7 +70,7 @@ def open_graphs(
         raise RuntimeMissing("This needs ONNX Runtime: pip install onnxruntime") from None
 
     ort.set_default_logger_severity(3)
-    graphs = {name: file.read_bytes() for name, file in files.items()}
+    graphs = {name: read_graph(file) for name, file in files.items()}
     needs = {name: external_names(graph) for name, graph in graphs.items()}
     values: dict[str, Any] = {}
     opened = {}
@@ -97,6 +100,20 @@ def open_graphs(
         del options, held
         give_back()  # the packed copies that the kernels use have replaced what was decoded
     return opened
+
+
+def read_graph(file: Path) -> bytes:
+    """An ONNX graph, packed by gzip where its name ends in .gz. Raises BundleError where that is damaged."""
+    if file.suffix != ".gz":
+        return file.read_bytes()
+    try:
+        with gzip.open(file, "rb") as opened:
+            graph = opened.read(_LARGEST + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise BundleError(f"{file} can't be unpacked ({error}); the file is damaged.") from None
+    if len(graph) > _LARGEST:
+        raise BundleError(f"{file} unpacks to more than {_LARGEST} bytes; that can't be right.")
+    return graph
 
 
 def _session(graph: bytes, options: Any, file: Path) -> Any:

@@ -36,6 +36,9 @@ class CodesConfig:
         use: how far the steps of rows follow what an error in them costs, how often a table's row is used or the Fisher
             information of a linear layer's output: step ~ cost^-use. 0 for equal steps (error feedback with columns
             only).
+        positions: how far a position's part of the Gram matrix follows what an error there costs, the Fisher information
+            of the layer's output: 0 for all alike, 1 for nothing but that (error feedback of linear layers with at least
+            eight positions per input, in models that write text).
         trellis: whether the codes of each input are a path through a trellis, which costs nothing at run time and
             0.15 bits per weight less for the same error (error feedback at a rate only).
     """
@@ -45,6 +48,7 @@ class CodesConfig:
     damp: float = 0.01
     columns: bool = False
     use: float = 0.0
+    positions: float = 0.0
     trellis: bool = False
 
     def __post_init__(self) -> None:
@@ -56,6 +60,8 @@ class CodesConfig:
             raise PlanError(f"damp is {self.damp}; it must lie above 0 and up to 1.")
         if not 0 <= self.use <= 0.5:
             raise PlanError(f"use is {self.use}; it must lie from 0 to 0.5.")
+        if not 0 <= self.positions <= 1:
+            raise PlanError(f"positions is {self.positions}; it must lie from 0 to 1.")
         if self.trellis and self.rate is None:
             raise PlanError("trellis needs a rate: the finest grid has no use for it.")
 

@@ -84,20 +84,33 @@ function contents(file) {
 }
 
 async function plain(data, { coding, dtype, shape }) {
-  const width = coding === "float16" ? 2 : WIDTHS[dtype];
+  const halves = coding === "float16" || coding === "planes";
+  const width = halves ? 2 : WIDTHS[dtype];
   const well = width && Array.isArray(shape) && shape.every((n) => Number.isInteger(n) && n >= 0);
-  refuse(!well || (coding === "float16" && dtype !== "float32"), "it holds an array of unknown kind");
+  refuse(!well || (halves && dtype !== "float32"), "it holds an array of unknown kind");
   const size = width * shape.reduce((product, n) => product * n, 1);
   refuse(size > MOST, "it names an array that is too large");
-  refuse(!["raw", "huffman", "float16", "sinusoids"].includes(coding), `it uses the coding ${coding}`);
+  refuse(!["raw", "huffman", "float16", "planes", "sinusoids"].includes(coding), `it uses the coding ${coding}`);
   if (coding === "sinusoids") {
     const table = dtype === "float32" && shape.length === 2 && shape[1] >= 4 && shape[1] % 2 === 0;
     refuse(!table || data.length, "it names sinusoids that can't be right");
     return widened(sinusoids(...shape));
   }
+  if (coding === "planes") return widened(woven(await inflate(data, size, "deflate-raw")));
   const raw = coding === "huffman" ? await inflate(data, size, "deflate-raw") : data.slice();
   refuse(raw.length !== size, "an array is too short or too long");
   return coding === "float16" ? widened(raw) : raw;
+}
+
+/** The upper bytes of numbers and then the lower ones, to the numbers' bytes. */
+function woven(planes) {
+  const count = planes.length / 2;
+  const found = new Uint8Array(planes.length);
+  for (let i = 0; i < count; i++) {
+    found[2 * i] = planes[count + i];
+    found[2 * i + 1] = planes[i];
+  }
+  return found;
 }
 
 /** Bytes of float16 numbers to bytes of the same numbers as float32. */

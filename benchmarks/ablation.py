@@ -59,17 +59,22 @@ class Row:
     allocated: bool = True
     use: bool = True
     informed: bool = True  # bits by layer and steps by row, by the Fisher information of what they give
+    weighed: bool = True  # positions in Gram matrices likewise
+    trellis: bool = True
     tuned: bool = False
 
 
+_FEEDBACK = Row("+ error feedback", True, True, False, False, False, False, False, False)
 STEPS = (
-    Row("round to nearest, fixed width, one scale per channel", False, False, False, False, False, False),
-    Row("+ entropy-aware step", True, False, False, False, False, False),
-    Row("+ error feedback", True, True, False, False, False, False),
-    Row("+ column steps and rescaling", True, True, True, False, False, False),
-    Row("+ bits by part", True, True, True, True, False, False),
-    Row("+ rows by token use", informed=False),
-    Row("+ layers and rows by Fisher information"),
+    replace(_FEEDBACK, name="round to nearest, fixed width, one scale per channel", coded=False, feedback=False),
+    replace(_FEEDBACK, name="+ entropy-aware step", feedback=False),
+    _FEEDBACK,
+    Row("+ column steps and rescaling", True, True, True, False, False, False, False, False),
+    Row("+ bits by part", use=False, informed=False, weighed=False, trellis=False),
+    Row("+ rows by token use", informed=False, weighed=False, trellis=False),
+    Row("+ layers and rows by Fisher information", weighed=False, trellis=False),
+    Row("+ positions by Fisher information", trellis=False),
+    Row("+ along a trellis"),
 )
 TUNED = Row("+ tuning of scales", tuned=True)
 ALONE = (
@@ -78,6 +83,8 @@ ALONE = (
     Row("all but bits by part", allocated=False),
     Row("all but rows by token use", use=False),
     Row("all but layers and rows by Fisher information", informed=False),
+    Row("all but positions by Fisher information", weighed=False),
+    Row("all but the trellis", trellis=False),
 )
 
 
@@ -207,6 +214,10 @@ def steps(bench: Bench, row: Row, shift: float) -> tuple[Step, ...]:
         config = settings(model, part.name, rate) if row.columns else {"rate": rate}
         if not (row.use if part.name in tied else row.informed):
             config.pop("use", None)
+        if not row.weighed:
+            config.pop("positions", None)
+        if row.trellis and row.columns and rate is not None:
+            config["trellis"] = True
         config["activations"] = "float"
         name = "error_feedback" if row.columns else "feedback_alone" if row.feedback else "round_to_nearest"
         spread = bench.levels[part.name][0].spread if row.informed and row.coded and rate is not None else {}

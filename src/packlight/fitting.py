@@ -81,7 +81,7 @@ class Run:
     batches: list[Batch] = field(default_factory=list)
     before: list[list[int]] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)  # of the evaluation samples
-    overhead: int = 700_000  # bytes of a bundle beside its weights, until one was measured
+    overhead: int = 300_000  # bytes of a bundle beside what plans expect, until one was measured
 
 
 def fit(
@@ -162,7 +162,7 @@ def prepare(model: str, data: Path, target: Target, out: Path, options: Options,
     language = options.language
     options = options if loaded.family.sides is None else replace(options, language=None)
     run = Run(loaded, target, options, out, work, calibration, evaluation, progress, language, texts)
-    run.overhead = 400_000 if options.freeze else run.overhead  # no tokenizer
+    run.overhead = 100_000 if options.freeze else run.overhead  # no tokenizer
     return run
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from packlight.codec import coded_bytes
 from packlight.errors import PlanError
 from packlight.families import Batch
 from packlight.information import row_costs
@@ -326,7 +327,7 @@ def _layer(
     weight, close = (_as_counted(w, use, assignment.config) for w in (weight, made.approximation))
     loss = distortion(weight, close, gram)
     side = sum(
-        16 * made.tensors[key].numel()
+        8 * coded_bytes(made.tensors[key].cpu().numpy())
         for key in ("scale", "columns")
         if key in made.tensors and made.kind in ("codes", "static")
     )

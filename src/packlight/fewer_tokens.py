@@ -19,7 +19,7 @@ from packlight.vocabulary import Kept, Usage, choose, read_vocabulary
 from packlight.vocabulary_rewrite import rewrite
 from packlight.vocabulary_usage import measure_usage, texts_sha256
 
-_SHARES = (0.9, 0.75, 0.5, 0.4, 0.32, 0.25)  # of the rows that a pruned vocabulary keeps
+_SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.32, 0.25)  # of the rows that a pruned vocabulary keeps
 _LARGE = 0.2  # share of all parameters from which a table is worth pruning
 
 

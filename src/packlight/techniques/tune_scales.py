@@ -44,7 +44,7 @@ class TuneScalesConfig:
     """
 
     tower_epochs: int = 2
-    epochs: int = 8
+    epochs: int = 4
     rate: float = 1e-4
     held: float = 0.2
 

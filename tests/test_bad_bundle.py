@@ -103,7 +103,7 @@ BAD_BUNDLES = [
     (missing_graph, "decoder.onnx.gz is missing"),
     (extra_file, "extra.txt is not in the manifest"),
     (leaves_the_folder, "names '../secret', which is not a plain file name in this folder"),
-    (newer, "has format version 99; this packlight reads up to 2. Update packlight"),
+    (newer, "has format version 99; this packlight reads up to 3. Update packlight"),
     (cut_manifest, "manifest.json is no readable JSON"),
     (other_task, "is for the task 'text-to-dance'"),
 ]

@@ -21,6 +21,7 @@ from packlight.evaluate import Asked
 from packlight.loading import load
 from packlight.plan import Plan, Step
 from packlight.profiling import kind_of, profile, profile_text, verdict
+from packlight.runtimes.onnx import read_graph
 from packlight.runtimes.onnx_trace import layers_of
 from packlight.serve import open_served
 from small_whisper import save_model
@@ -88,7 +89,7 @@ def test_the_profilers_files_are_gone(bundle: Path, sounds: list[np.ndarray], tm
 
 
 def test_nodes_belong_to_the_layer_whose_weights_they_take(bundle: Path) -> None:
-    graph = (bundle / open_bundle(bundle).manifest["graphs"]["encoder"]).read_bytes()
+    graph = read_graph(bundle / open_bundle(bundle).manifest["graphs"]["encoder"])
     layers = set(layers_of(graph).values())
     for layer in (
         "model.encoder.conv1",

@@ -75,7 +75,7 @@ def row_costs(
     means = {k: v / counts[k] if k.endswith(".use") else v for k, v in sums.items()}
     found = {k: v + _LEAST * v.mean() + 1e-30 if k.endswith(".use") else v for k, v in means.items()}
     joined = {path: torch.cat(each) for path, each in calls.items() if every}
-    joined = {path: v for path, v in joined.items() if len(v) >= _FEW * watched[path].in_features}
+    joined = {path: v for path, v in joined.items() if len(v) >= _FEW * int(watched[path].in_features)}  # type: ignore[arg-type]
     return found | {f"{path}.positions": (v / v.mean().clamp(min=1e-30)).float() for path, v in joined.items()}
 
 

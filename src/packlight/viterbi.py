@@ -45,8 +45,8 @@ def nearest_path(values: Tensor, limit: int) -> Tensor:
     errors[SEGMENT + count - segments * SEGMENT :, :, -1] = 0  # after the last value any path is as good
     ways = _ways()
     errors = errors.view(strides, _STRIDE, 4, segments)
-    way_errors = sum(errors[:, i].index_select(1, ways[i].view(-1)) for i in range(_STRIDE))
-    way_errors = way_errors.view(strides, STATES, STATES, segments)  # from, to
+    each = [errors[:, i].index_select(1, ways[i].view(-1)) for i in range(_STRIDE)]
+    way_errors = torch.stack(each).sum(0).view(strides, STATES, STATES, segments)  # from, to
     best = way_errors[0, 0]  # every segment begins in state 0
     origins = []
     for stride in range(1, strides):

@@ -71,3 +71,10 @@ def test_impossible_sinusoids_are_refused(tmp_path: Path, shape: list[int], dtyp
     save_file({"p": np.empty(0, np.uint8)}, tmp_path / "w", metadata={"packlight": json.dumps(index)})
     with pytest.raises(BundleError, match="can't be right"):
         list(read_weights(tmp_path / "w"))
+
+
+def test_lessons_leave_them_as_they_are(model: Any) -> None:
+    from packlight.techniques.distill import trained
+
+    names = trained(model.module, ["model.encoder.*"])
+    assert f"{ENCODER}.weight" not in names and "model.encoder.layers.0.fc1.weight" in names

@@ -6,6 +6,8 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+TOLERANCE = 1e-3  # of a value up to 1: what two roundings to float16 and the float32 angles of others come to
+
 
 def sinusoids(positions: int, width: int) -> Array:
     """Positions as Whisper's encoder has them: sines in the first half of a row, cosines in the second.

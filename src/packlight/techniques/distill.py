@@ -28,6 +28,7 @@ from packlight.families import Batch, Family
 from packlight.lessons import School, lesson, points
 from packlight.model import Model
 from packlight.plan import Step
+from packlight.sinusoids import TOLERANCE, near_sinusoids
 from packlight.techniques import Stage, Technique
 from packlight.training import Task, Training, accelerator, every, train
 
@@ -129,10 +130,14 @@ def check_distill(model: Model, config: DistillConfig, scope: Sequence[str]) -> 
 
 
 def trained(module: nn.Module, scope: Sequence[str]) -> dict[str, Tensor]:
-    """Name -> parameter, of those that a scope names, by their own name or their layer's path; shared ones once."""
+    """Name -> parameter, of those that a scope names, by their own name or their layer's path; shared ones once.
+
+    Positions that are sines and cosines stay what they are: as a formula they take no bytes.
+    """
     step = Step(NAME, {}, tuple(scope))
     named = dict(module.named_parameters())
-    return {n: p for n, p in named.items() if step.takes(n) or step.takes(n.rpartition(".")[0])}
+    taken = {n: p for n, p in named.items() if step.takes(n) or step.takes(n.rpartition(".")[0])}
+    return {n: p for n, p in taken.items() if not near_sinusoids(p.detach().cpu().numpy(), TOLERANCE)}
 
 
 def distill_(

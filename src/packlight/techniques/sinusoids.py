@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from packlight.errors import PlanError
-from packlight.sinusoids import near_sinusoids, sinusoids
+from packlight.sinusoids import TOLERANCE, near_sinusoids, sinusoids
 from packlight.techniques import Compressed, Stage, Technique
-
-_TOLERANCE = 1e-3  # of a value up to 1: what two roundings to float16 and the float32 angles of others come to
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ def compute(weight: Tensor, gram: Tensor | None, config: SinusoidsConfig) -> Com
 
 def is_sinusoids(weight: Tensor) -> bool:
     """Whether a weight [positions, width] is the table of sines and cosines."""
-    return near_sinusoids(weight.detach().numpy(), _TOLERANCE)
+    return near_sinusoids(weight.detach().numpy(), TOLERANCE)
 
 
 def _table(layer: nn.Module) -> Tensor:

@@ -60,7 +60,7 @@ def test_they_take_no_bytes_and_come_back_to_the_last_digit(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [([3], "float32"), ([4, 3], "float32"), ([4, 8], "int8"), ([10**7, 10**6], "float32")]
+    ("shape", "dtype"), [([3], "float32"), ([4, 3], "float32"), ([4, 8], "int8"), ([10**5, 10**3], "float32")]
 )
 def test_impossible_sinusoids_are_refused(tmp_path: Path, shape: list[int], dtype: str) -> None:
     import json

@@ -28,6 +28,7 @@ _CHUNK = 1 << 26  # codes decoded at once
 _PREFIX = "ans/"  # of the names of chunks
 _CODINGS = ("raw", "huffman", "float16", "planes", "sinusoids")  # of what is coded alone
 _CODES = ("ans", "path")  # codings of matrices that lie in a chunk: code by code, and along a trellis
+_MOST_COMPUTED = 1 << 26  # bytes of sinusoids: they come from none, so no length of data bounds them
 _TABLE, _BLOCK = 1 << 20, 1 << 15  # bytes from which rows are coded in blocks; bytes of a block
 
 
@@ -118,7 +119,8 @@ def _decode(pieces: Iterator[bytes | memoryview], coded: int, entry: Mapping[str
     if coding not in ("raw", "float16", "sinusoids"):
         raise BundleError(f"The weights file uses the coding {coding!r}; this packlight knows {', '.join(_CODINGS)}.")
     if coding == "sinusoids":
-        if dtype != "float32" or len(shape) != 2 or shape[1] < 4 or shape[1] % 2 or coded:
+        fits = len(shape) == 2 and shape[1] >= 4 and shape[1] % 2 == 0 and size <= _MOST_COMPUTED
+        if dtype != "float32" or not fits or coded:
             raise BundleError(f"The weights file names sinusoids of {dtype} {list(shape)}; that can't be right.")
         return sinusoids(*shape)
     if coded != size:

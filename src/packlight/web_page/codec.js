@@ -7,6 +7,7 @@ const BITS = 12;
 const LANES = 4096;
 const LOW = 0x10000;
 const MOST = 2 ** 31;
+const COMPUTED = 2 ** 26; // bytes of sinusoids, which come from none
 const SEGMENT = 48;
 // The state after each of the trellis's eight and the second lowest bit of a code.
 const FOLLOWING = [0, 2, 5, 7, 1, 3, 4, 6, 2, 0, 7, 5, 3, 1, 6, 4];
@@ -92,7 +93,7 @@ async function plain(data, { coding, dtype, shape }) {
   refuse(size > MOST, "it names an array that is too large");
   refuse(!["raw", "huffman", "float16", "planes", "sinusoids"].includes(coding), `it uses the coding ${coding}`);
   if (coding === "sinusoids") {
-    const table = dtype === "float32" && shape.length === 2 && shape[1] >= 4 && shape[1] % 2 === 0;
+    const table = dtype === "float32" && shape.length === 2 && shape[1] >= 4 && shape[1] % 2 === 0 && 2 * size <= COMPUTED;
     refuse(!table || data.length, "it names sinusoids that can't be right");
     return widened(sinusoids(...shape));
   }

@@ -93,7 +93,7 @@ async function plain(data, { coding, dtype, shape }) {
   refuse(size > MOST, "it names an array that is too large");
   refuse(!["raw", "huffman", "float16", "planes", "sinusoids"].includes(coding), `it uses the coding ${coding}`);
   if (coding === "sinusoids") {
-    const table = dtype === "float32" && shape.length === 2 && shape[1] >= 4 && shape[1] % 2 === 0 && 2 * size <= COMPUTED;
+    const table = dtype === "float32" && shape.length === 2 && shape[1] >= 4 && shape[1] % 2 === 0 && size <= COMPUTED;
     refuse(!table || data.length, "it names sinusoids that can't be right");
     return widened(sinusoids(...shape));
   }

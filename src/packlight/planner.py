@@ -227,7 +227,7 @@ def _plan(
     whole = tuple(path for path, layer in model.layers().items() if not is_matrix(layer) and path not in taken)
     if whole:
         steps.append(Step("float16", {}, whole, "depthwise and grouped convolutions: they are no matrix to code"))
-    computed = tuple(computed_paths(model))
+    coded, computed = coded_paths(model), tuple(computed_paths(model))
     if computed:
         steps.append(Step("sinusoids", {}, computed, "positions are sines and cosines: computed at load, no bytes"))
     for level in choice.levels:
@@ -247,7 +247,7 @@ def _plan(
             static = {k: v for k, v in codes.items() if k in ("rate", "damp")}
             steps.append(Step("static_int8", static, fixed[level.part], reason))
             config["activations"] = "int8"
-        left = [p for p in coded_paths(model) if model.family.part_of(p) is part and p not in taken]
+        left = [p for p in coded if model.family.part_of(p) is part and p not in taken]
         steps += _by_rate(level, config, reason)
         if any(path not in level.spread for path in left):
             steps.append(Step(level.technique, config, part.paths, reason))

@@ -137,7 +137,7 @@ def trained(module: nn.Module, scope: Sequence[str]) -> dict[str, Tensor]:
     step = Step(NAME, {}, tuple(scope))
     named = dict(module.named_parameters())
     taken = {n: p for n, p in named.items() if step.takes(n) or step.takes(n.rpartition(".")[0])}
-    return {n: p for n, p in taken.items() if not near_sinusoids(p.detach().cpu().numpy(), TOLERANCE)}
+    return {n: p for n, p in taken.items() if not near_sinusoids(p.detach().float().cpu().numpy(), TOLERANCE)}
 
 
 def distill_(

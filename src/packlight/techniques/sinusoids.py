@@ -29,7 +29,7 @@ def compute(weight: Tensor, gram: Tensor | None, config: SinusoidsConfig) -> Com
 
 def is_sinusoids(weight: Tensor) -> bool:
     """Whether a weight [positions, width] is the table of sines and cosines."""
-    return near_sinusoids(weight.detach().numpy(), TOLERANCE)
+    return near_sinusoids(weight.detach().float().cpu().numpy(), TOLERANCE)
 
 
 def _table(layer: nn.Module) -> Tensor:

@@ -172,3 +172,18 @@ def test_words_keep_float_activations_unless_a_latency_or_memory_asks_for_intege
     # What is heard is compared with nothing: its decoder keeps its integers.
     speech = front(model, curve("decoder feed-forward", 0.01), {}, [Pruning()], [], ORIGIN)[0]
     assert {s.config["activations"] for s in speech.steps if "activations" in s.config} == {"int8"}
+
+
+def test_plans_go_along_a_trellis_where_there_is_room_and_the_finest_grid_stays_the_finest(model: Any) -> None:
+    levels = [lv for part in {p.name for p in model.family.parts} for lv in curve(part, 1e-6)]
+    plans = [p for p in front(model, levels, {}, [Pruning()], [], ORIGIN) if p.name.startswith("p")]
+    seen = set()
+    for plan in plans:
+        for step in plan.steps:
+            if step.technique == "error_feedback":
+                assert bool(step.config.get("trellis")) == ((step.config["rate"] or 99) <= 4)
+                seen.add(bool(step.config.get("trellis")))
+    assert seen == {True, False}
+    finest = max(plans, key=lambda p: p.expected["bytes"])
+    assert finest is min(plans, key=lambda p: p.expected["kl"])
+    assert not any(s.config.get("trellis") for s in finest.steps)

@@ -28,6 +28,7 @@ _GAP = 0.0075  # plans on the front lie at least this far apart in bytes
 _PRICES = (0.0, *(10 ** (-11 + 0.01 * i) for i in range(800)))
 _WORTH = 0.1  # share of the finest weights' KL that a range per row must save to be worth its time
 _PATH = 4**-0.15  # share of the KL of codes chosen one by one that is left along a trellis at the same rate
+_MOST = 4.0  # bits per weight up to which plans go along a trellis: twice the codes leave little room beyond
 _FAST = 0.25  # share of a plan's KL that fixed ranges may cost, since they make convolutions several times faster
 
 Activations = Mapping[str, Mapping[str, float]]
@@ -55,9 +56,12 @@ def levels_between(levels: Sequence[Level]) -> list[Level]:
 
 
 def _along_trellis(level: Level) -> Level:
-    """What is measured with codes chosen one by one, as it is along a trellis, which plans take wherever there is a rate."""
-    rated = level.rate is not None and level.technique == "error_feedback"
-    return replace(level, kl=level.kl * _PATH) if rated else level
+    """What is measured with codes chosen one by one, as it is along a trellis where plans take one."""
+    return replace(level, kl=level.kl * _PATH) if _has_trellis(level) else level
+
+
+def _has_trellis(level: Level) -> bool:
+    return level.technique == "error_feedback" and level.rate is not None and level.rate <= _MOST
 
 
 def _between(points: list[tuple[float, Level]], rate: float) -> Level:
@@ -236,7 +240,7 @@ def _plan(
         groups = level.technique == "group_weights"
         rate = f"{level.rate:g} bits per weight" if level.rate else "the finest 7-bit grid"
         codes = settings(model, level.part, level.rate) | {"activations": mode}
-        codes |= {"trellis": True} if level.rate else {}
+        codes |= {"trellis": True} if _has_trellis(level) else {}
         config = {"bits": 8, "group": 32} if groups else codes
         how = "measured" if level.measured else "interpolated between measured rates"
         reason = (

@@ -1,14 +1,17 @@
 """What each step buys, on a speech model: one table, at one budget of bytes.
 
-    python benchmarks/ablation.py MODEL --calibration DIR [--bits 3] [--alone] [--tune] -o OUT
+    python benchmarks/ablation.py MODEL --calibration DIR [--bits 3] [--alone] [--tune] [--last] -o OUT
 
 Every row is the row before it and one step more, brought to the same bits per weight over all layers, codes and
-scales. `--alone` adds rows that have every step but one; `--tune` adds the tuning of scales. Prints the table and
+scales. `--alone` adds rows that have every step but one; `--tune` adds the tuning of scales; `--last` leaves out the
+rows before the one that has every step. Bits are per weight of the original: rows that leave the vocabulary gives more to the rest. Prints the table and
 writes it to OUT/ablation.md and OUT/ablation.json; OUT/work keeps finished layers, so a run that was cut off goes on.
 
 Quality is the KL divergence of the next-token distribution from the original's, per token, teacher-forced with the
 original's own words, on calibration recordings that nothing here has seen: not those that gave the Gram matrices, not
-those that measured the sensitivities, and never evaluation data. Activations stay float, in every row.
+those that measured the sensitivities, and never evaluation data. Activations stay float, in every row. Where the
+original gives a share m of its probability to tokens that a row has lost, -log(1 - m) is added; a recording ends with the
+first such token of its words, in every row.
 """
 
 import argparse
@@ -33,6 +36,7 @@ from packlight.data import Dataset, read_dataset
 from packlight.errors import DataError, PacklightError
 from packlight.evaluate import spread, threads_or_all
 from packlight.families import Batch
+from packlight.fewer_tokens import Pruning, prunings
 from packlight.loading import load
 from packlight.model import Model
 from packlight.plan import Plan, Step, write_json
@@ -42,6 +46,7 @@ from packlight.sensitivity import Level, measure_grams, sensitivity, settings
 from packlight.tables import TECHNIQUES
 from packlight.techniques import Compressed, Stage, Technique
 from packlight.techniques.codes import CodesConfig
+from packlight.token_pruning import old_ids
 
 HELD = 30  # recordings that only judge
 NEAR = 0.01  # bits per weight that a row may be off the budget
@@ -61,20 +66,22 @@ class Row:
     informed: bool = True  # bits by layer and steps by row, by the Fisher information of what they give
     weighed: bool = True  # positions in Gram matrices likewise
     trellis: bool = True
+    pruned: bool = True  # the vocabulary, to what the language needs
     tuned: bool = False
 
 
-_FEEDBACK = Row("+ error feedback", True, True, False, False, False, False, False, False)
+_FEEDBACK = Row("+ error feedback", True, True, False, False, False, False, False, False, False)
 STEPS = (
     replace(_FEEDBACK, name="round to nearest, fixed width, one scale per channel", coded=False, feedback=False),
     replace(_FEEDBACK, name="+ entropy-aware step", feedback=False),
     _FEEDBACK,
-    Row("+ column steps and rescaling", True, True, True, False, False, False, False, False),
-    Row("+ bits by part", use=False, informed=False, weighed=False, trellis=False),
-    Row("+ rows by token use", informed=False, weighed=False, trellis=False),
-    Row("+ layers and rows by Fisher information", weighed=False, trellis=False),
-    Row("+ positions by Fisher information", trellis=False),
-    Row("+ along a trellis"),
+    replace(_FEEDBACK, name="+ column steps and rescaling", columns=True),
+    Row("+ bits by part", use=False, informed=False, weighed=False, trellis=False, pruned=False),
+    Row("+ rows by token use", informed=False, weighed=False, trellis=False, pruned=False),
+    Row("+ layers and rows by Fisher information", weighed=False, trellis=False, pruned=False),
+    Row("+ positions by Fisher information", trellis=False, pruned=False),
+    Row("+ along a trellis", pruned=False),
+    Row("+ a vocabulary of the language"),
 )
 TUNED = Row("+ tuning of scales", tuned=True)
 ALONE = (
@@ -85,6 +92,7 @@ ALONE = (
     Row("all but layers and rows by Fisher information", informed=False),
     Row("all but positions by Fisher information", weighed=False),
     Row("all but the trellis", trellis=False),
+    Row("all but a vocabulary of the language", pruned=False),
 )
 
 
@@ -133,6 +141,7 @@ class Bench:
     calibration: Dataset
     bits: float
     out: Path
+    language: str = "en"
 
     @cached_property
     def original(self) -> Model:
@@ -160,6 +169,42 @@ class Bench:
         observed, judged = divide(self._batches(known))
         return observed, judged, self._batches(held)
 
+    @cached_property
+    def weights(self) -> int:
+        """Weights of the original's layers; a head that is tied counts once."""
+        heads = {head for _, head in self.original.family.tied}
+        return sum(x.weight.numel() for p, x in self.original.layers().items() if p not in heads)
+
+    @cached_property
+    def vocabulary(self) -> Pruning:
+        """The vocabulary with which the summed KL is least at this budget; all of it where none can go."""
+        observed, judged, _ = self.batches
+        found = prunings(self.original, observed, judged, ([self.language], []), say)
+
+        def expected(choice: Pruning) -> float:
+            levels = allocate(shrunk(self, choice), self.bits * self.weights / 8)
+            return choice.kl + sum(level.kl for level in levels.values())
+
+        return min(found, key=expected)
+
+    @cached_property
+    def kept(self) -> tuple[int, ...]:
+        """The original's ids of the tokens that stay in rows with a smaller vocabulary."""
+        step = self.vocabulary.step
+        return tuple(range(self.rows)) if step is None else old_ids(Plan((step,), "")) or ()
+
+    @cached_property
+    def rows(self) -> int:
+        """Tokens of the original."""
+        return int(self.original.layers()[self.original.family.token_tables[0]].weight.shape[0])
+
+    @cached_property
+    def held(self) -> list[Batch]:
+        """What is held back, each recording up to the first word that rows with a smaller vocabulary can't write."""
+        key, stay = self.original.family.reads, set(self.kept)
+        ends = [next((i for i, t in enumerate(b[key][0].tolist()) if t not in stay), None) for b in self.batches[2]]
+        return [{**b, key: b[key][:, :end]} for b, end in zip(self.batches[2], ends, strict=True)]
+
     def _batches(self, samples: Sequence[Any]) -> list[Batch]:
         picked = replace(self.calibration, samples=tuple(samples))
         return calibration_batches(self.original, picked, Options(), self.work, say)
@@ -167,7 +212,7 @@ class Bench:
     @cached_property
     def reference(self) -> list[Tensor]:
         """The original's log-probabilities on what is held back."""
-        return log_probabilities(self.original, self.batches[2])
+        return log_probabilities(self.original, self.held)
 
     @cached_property
     def levels(self) -> dict[str, list[Level]]:
@@ -178,6 +223,16 @@ class Bench:
         for level in sensitivity(self.original, sums, judged, self.work / "sensitivity.jsonl", say):
             found.setdefault(level.part, []).append(level)
         return {part: levels_between(levels) for part, levels in found.items()}
+
+
+def shrunk(bench: Bench, vocabulary: Pruning) -> dict[str, list[Level]]:
+    """The levels of all parts, those of a table in proportion to the rows that stay."""
+    found = dict(bench.levels)
+    for table in bench.original.family.token_tables:
+        part = bench.original.family.part_of(table)
+        if part is not None:
+            found[part.name] = [replace(v, bytes=int(v.bytes * vocabulary.share)) for v in found[part.name]]
+    return found
 
 
 def allocate(levels: dict[str, list[Level]], budget: float) -> dict[str, Level]:
@@ -200,10 +255,10 @@ def steps(bench: Bench, row: Row, shift: float) -> tuple[Step, ...]:
     """The plan's steps for a row; every rate that the budget gives is moved by `shift` bits, since scales cost some."""
     model = bench.original
     parts = [p for p in model.family.parts if any(p is model.family.part_of(path) for path in model.layers())]
-    weights = sum(x.weight.numel() for p, x in model.layers().items() if p not in {h for _, h in model.family.tied})
     tied = {p.name for table, _ in model.family.tied if (p := model.family.part_of(table)) is not None}
-    levels = allocate(bench.levels, bench.bits * weights / 8) if row.allocated else {}
-    found = []
+    vocabulary = bench.vocabulary if row.pruned else Pruning()
+    levels = allocate(shrunk(bench, vocabulary), bench.bits * bench.weights / 8) if row.allocated else {}
+    found = [] if vocabulary.step is None else [vocabulary.step]
     for part in parts:
         level = levels.get(part.name)
         rate = bench.bits if level is None else level.rate
@@ -232,7 +287,7 @@ def steps(bench: Bench, row: Row, shift: float) -> tuple[Step, ...]:
 
 def measure(bench: Bench, row: Row) -> dict[str, Any]:
     """A row's numbers: bits are brought to the budget, then the KL is measured."""
-    observed, _, held = bench.batches
+    observed = bench.batches[0]
     shift, bits = 0.0, bench.bits
     for _ in range(TRIES if row.coded else 1):
         shift += bench.bits - bits
@@ -241,7 +296,7 @@ def measure(bench: Bench, row: Row) -> dict[str, Any]:
             break
     if row.tuned:
         model, bits = run(bench, steps(bench, row, shift), observed)
-    found = divergence(model, held, bench.reference)
+    found = losses(bench, row, model)
     tokens = sum(n for _, _, n in found)
     return {
         "name": row.name, "bits": bits, "kl": sum(k for k, _, _ in found) / tokens,
@@ -249,13 +304,25 @@ def measure(bench: Bench, row: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def losses(bench: Bench, row: Row, model: Model) -> list[tuple[float, int, int]]:
+    """For each recording: (summed KL with what lost tokens cost, top tokens that changed, tokens)."""
+    if not row.pruned:
+        return divergence(model, bench.held, bench.reference)
+    key, stay, new = bench.original.family.reads, torch.tensor(bench.kept), {t: i for i, t in enumerate(bench.kept)}
+    batches = [{**b, key: torch.tensor([[new[t] for t in b[key][0].tolist()]])} for b in bench.held]
+    left = [aim[:, stay] for aim in bench.reference]
+    lost = [-float(aim.logsumexp(-1).clamp(max=0).double().sum()) for aim in left]
+    found = divergence(model, batches, [torch.log_softmax(aim, -1) for aim in left])
+    return [(kl + more, flips, n) for (kl, flips, n), more in zip(found, lost, strict=True)]
+
+
 def run(bench: Bench, made: tuple[Step, ...], observed: Sequence[Batch]) -> tuple[Model, float]:
-    """Carry out a plan on a fresh model. Returns it, and its bits per weight."""
+    """Carry out a plan on a fresh model. Returns it, and its bits per weight of the original."""
     plan = Plan(made, bench.original.family.name, {"sha256": bench.calibration.sha256})
     model = load(bench.model)
     with own_techniques():
         records = compress_(model, plan, observed, bench.work / plan.key[:12], say)
-    return model, sum(r.rate * r.parameters for r in records) / sum(r.parameters for r in records)
+    return model, sum(r.rate * r.parameters for r in records) / bench.weights
 
 
 def times(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, float, float]:
@@ -291,20 +358,24 @@ def main(say_row: Callable[[str], None] = lambda said: print(said, file=sys.stde
     parser.add_argument("--bits", type=float, default=3.0, help="bits per weight over all layers, scales included")
     parser.add_argument("--alone", action="store_true", help="also every step left out alone")
     parser.add_argument("--tune", action="store_true", help="also tuning of scales: some minutes")
+    parser.add_argument("--last", action="store_true", help="of the rows of steps, only the last, which has them all")
     parser.add_argument("-o", "--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(threads_or_all(0))
     try:
         bench = Bench(args.model, read_dataset(args.calibration), args.bits, args.out)
         found = []
-        for row in (*STEPS, *((TUNED,) if args.tune else ())):
+        for row in (*STEPS[-1 if args.last else 0 :], *((TUNED,) if args.tune else ())):
             say_row(f"{row.name} ...")
             found.append(measure(bench, row))
-        alone = [measure(bench, row) for row in ALONE] if args.alone else []
+        alone = []
+        for row in ALONE if args.alone else ():
+            say_row(f"{row.name} ...")
+            alone.append(measure(bench, row))
     except PacklightError as error:
         print(error, file=sys.stderr)
         return 2
-    full = found[len(STEPS) - 1]
+    full = found[0 if args.last else len(STEPS) - 1]
     text = markdown(found, alone, full)
     write_json(
         args.out / "ablation.json", {"bits": args.bits, "model": Path(args.model).name, "rows": found, "alone": alone}

@@ -24,7 +24,7 @@ from packlight.techniques import Stage
 
 Progress = Callable[[str, int, int], None]
 
-OBSERVED = 40  # calibration samples for the Gram matrices
+OBSERVED = 40  # calibration samples for the Gram matrices with which sensitivities are measured
 JUDGED = 10  # further ones for sensitivity
 _BESIDE = 20_000  # texts of further ones
 _OURS = ("work", "result.json", "plan.json", "bundle", "report.html", "log.jsonl", "sweep.json", "plans", "bundles")
@@ -156,8 +156,13 @@ def check_calibration(model: Model, calibration: Dataset) -> None:
 def plan_batches(
     model: Model, plan: Plan, calibration: Dataset, options: Options, work: Path, progress: Progress | None
 ) -> list[Batch]:
-    """The calibration batches that a plan is carried out with: those for Gram matrices, or, to teach with, all."""
-    if any(TECHNIQUES[s.technique].stage in (Stage.DISTILL, Stage.TUNE) for s in plan.steps):
+    """The calibration batches that a plan is carried out with.
+
+    All of a family whose batches hold one sample each, since a Gram matrix of few words fits these words alone; of one
+    that compares, all to teach with, else those for Gram matrices: each batch already holds many.
+    """
+    teaches = any(TECHNIQUES[s.technique].stage in (Stage.DISTILL, Stage.TUNE) for s in plan.steps)
+    if teaches or model.family.group == 1:
         work = work / "lessons"
         work.mkdir(parents=True, exist_ok=True)
         return calibration_batches(model, calibration, options, work, progress, CALIBRATION_LIMIT)

@@ -185,7 +185,8 @@ def compress_(
             )
         ranged = {path for path, a in found.items() if "ranges" in a.technique.needs}
         seen_by = batches[:: max(1, len(batches) * model.family.group // _SEEN)] if need else []
-        costs, weights = _costs(model, found, (batches, seen_by), plan.seed, progress)
+        kept = all((work / f"wave_{number:03d}.json").is_file() for number in range(total))  # nothing is measured then
+        costs, weights = ({}, {}) if kept else _costs(model, found, (batches, seen_by), plan.seed, progress)
         for number, (layers, sums) in enumerate(waves(model, seen_by, ranged=ranged, weights=weights)):
             measure = partial(_with_costs, costs, layers, sums)
             records += _wave(model, layers, measure, found, tied, work / f"wave_{number:03d}")

@@ -46,7 +46,9 @@ from packlight.searching import search
 from packlight.sensitivity import Level, activations, contexts, measure_grams, profile, sensitivity
 from packlight.serve import open_served
 from packlight.speeding import Slow, lighter
+from packlight.tables import TECHNIQUES
 from packlight.target import Target
+from packlight.techniques import Stage
 from packlight.token_pruning import old_ids
 from packlight.verdict import conclude, missed
 from packlight.vocabulary_usage import check_language, has_word_list, read_texts, texts_sha256
@@ -284,6 +286,11 @@ class Built:
     outcome: dict[str, Any]
 
 
+def untuned(plan: Plan) -> Plan:
+    """The plan without the tuning that follows: the same integers come of both, so both keep them in one place."""
+    return replace(plan, steps=tuple(s for s in plan.steps if TECHNIQUES[s.technique].stage is not Stage.TUNE))
+
+
 def build(run: Run, plan: Plan) -> Built:
     """Apply and deploy one plan and let the bundle answer; waves and answers of an earlier run are kept."""
     folder = run.work / plan.key[:12]
@@ -293,7 +300,7 @@ def build(run: Run, plan: Plan) -> Built:
     write_json(folder / "plan.json", plan.to_dict())  # of every plan that was tried, not only of the one that is taken
     fresh = load(run.model.source.path, trust_remote_code=run.options.trust_remote_code)
     given = plan_batches(run.model, plan, run.calibration, run.options, run.work, run.progress)
-    records = compress_(fresh, plan, given, folder / "waves", _named(run, plan))
+    records = compress_(fresh, plan, given, run.work / untuned(plan).key[:12] / "waves", _named(run, plan))
     whole = folder / "whole" if run.options.freeze else bundle
     if not is_bundle(whole):
         deploy(fresh, plan, records, whole, run.options.language, run.options.task)

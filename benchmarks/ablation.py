@@ -3,9 +3,10 @@
     python benchmarks/ablation.py MODEL --calibration DIR [--bits 3] [--alone] [--tune] [--last] -o OUT
 
 Every row is the row before it and one step more, brought to the same bits per weight over all layers, codes and
-scales. `--alone` adds rows that have every step but one; `--tune` adds the tuning of scales; `--last` leaves out the
-rows before the one that has every step. Bits are per weight of the original: rows that leave the vocabulary gives more to the rest. Prints the table and
-writes it to OUT/ablation.md and OUT/ablation.json; OUT/work keeps finished layers, so a run that was cut off goes on.
+scales. Bits count per weight of the original, so a smaller vocabulary leaves more for the rest. `--alone` adds rows that
+have every step but one; `--tune` adds the tuning of scales; `--last` leaves out the rows before the one that has every
+step. Prints the table and writes it to OUT/ablation.md and OUT/ablation.json; OUT/work keeps finished layers, so a run
+that was cut off goes on.
 
 Quality is the KL divergence of the next-token distribution from the original's, per token, teacher-forced with the
 original's own words, on calibration recordings that nothing here has seen: not those that gave the Gram matrices, not

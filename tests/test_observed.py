@@ -12,7 +12,7 @@ import packlight.compress as compress
 from packlight.applying import Options, plan_batches
 from packlight.compress import compress_
 from packlight.data import read_dataset
-from packlight.fitting import untuned
+from packlight.fitting import rounding
 from packlight.loading import load
 from packlight.plan import Plan, Step
 from packlight.recovering import taught
@@ -45,8 +45,11 @@ def test_a_tuned_plan_takes_up_the_integers_of_the_untuned(folders, tmp_path, mo
     plan = _plan()
     model = load(str(folders[0]))
     (tuned,) = taught(model, plan, RECORDINGS)
-    assert tuned.key != plan.key and untuned(tuned).key == plan.key == untuned(plan).key
-    assert untuned(replace(tuned, steps=tuned.steps[1:])).key != plan.key
+    assert tuned.key != plan.key and rounding(model, tuned).key == plan.key == rounding(model, plan).key
+    assert rounding(model, replace(tuned, steps=tuned.steps[1:])).key != plan.key
+
+    several = replace(model, family=replace(model.family, group=16))  # their plain plans observe fewer samples
+    assert rounding(several, tuned).key == tuned.key
 
     batches = plan_batches(model, plan, read_dataset(folders[1]), Options(), tmp_path, None)
     plain, after, alone = (load(str(folders[0])) for _ in range(3))

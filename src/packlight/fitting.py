@@ -286,8 +286,10 @@ class Built:
     outcome: dict[str, Any]
 
 
-def untuned(plan: Plan) -> Plan:
-    """The plan without the tuning that follows: the same integers come of both, so both keep them in one place."""
+def rounding(model: Model, plan: Plan) -> Plan:
+    """The plan that gives the same integers: without the tuning that follows, where both observe the same samples."""
+    if model.family.group > 1:  # here only a plan that teaches observes all, see `plan_batches`
+        return plan
     return replace(plan, steps=tuple(s for s in plan.steps if TECHNIQUES[s.technique].stage is not Stage.TUNE))
 
 
@@ -300,7 +302,7 @@ def build(run: Run, plan: Plan) -> Built:
     write_json(folder / "plan.json", plan.to_dict())  # of every plan that was tried, not only of the one that is taken
     fresh = load(run.model.source.path, trust_remote_code=run.options.trust_remote_code)
     given = plan_batches(run.model, plan, run.calibration, run.options, run.work, run.progress)
-    records = compress_(fresh, plan, given, run.work / untuned(plan).key[:12] / "waves", _named(run, plan))
+    records = compress_(fresh, plan, given, run.work / rounding(run.model, plan).key[:12] / "waves", _named(run, plan))
     whole = folder / "whole" if run.options.freeze else bundle
     if not is_bundle(whole):
         deploy(fresh, plan, records, whole, run.options.language, run.options.task)

@@ -1,10 +1,10 @@
 """What each step buys, on a speech model: one table, at one budget of bytes.
 
-    python benchmarks/ablation.py MODEL --calibration DIR [--bits 3] [--alone] [--tune] [--last] -o OUT
+    python benchmarks/ablation.py MODEL --calibration DIR [--bits 3] [--alone [WORD ...]] [--tune] [--last] -o OUT
 
 Every row is the row before it and one step more, brought to the same bits per weight over all layers, codes and
 scales. Bits count per weight of the original, so a smaller vocabulary leaves more for the rest. `--alone` adds rows that
-have every step but one; `--tune` adds the tuning of scales; `--last` leaves out the rows before the one that has every
+have every step but one, with words only those whose name has one of them; `--tune` adds the tuning of scales; `--last` leaves out the rows before the one that has every
 step. Prints the table and writes it to OUT/ablation.md and OUT/ablation.json; OUT/work keeps finished layers, so a run
 that was cut off goes on.
 
@@ -21,13 +21,14 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from ablation_report import markdown
 from bakeoff import divergence, log_probabilities, say
 from torch import Tensor
 
@@ -43,10 +44,12 @@ from packlight.model import Model
 from packlight.plan import Plan, Step, write_json
 from packlight.planner import levels_between
 from packlight.quant import channel_grid, error_feedback, rate_of
+from packlight.restructuring import turned
 from packlight.sensitivity import Level, measure_grams, sensitivity, settings
 from packlight.tables import TECHNIQUES
 from packlight.techniques import Compressed, Stage, Technique
 from packlight.techniques.codes import CodesConfig
+from packlight.techniques.turn_heads import turnable
 from packlight.token_pruning import old_ids
 
 HELD = 30  # recordings that only judge
@@ -67,21 +70,23 @@ class Row:
     informed: bool = True  # bits by layer and steps by row, by the Fisher information of what they give
     weighed: bool = True  # positions in Gram matrices likewise
     trellis: bool = True
+    turned: bool = True  # attention heads
     pruned: bool = True  # the vocabulary, to what the language needs
     tuned: bool = False
 
 
-_FEEDBACK = Row("+ error feedback", True, True, False, False, False, False, False, False, False)
+_FEEDBACK = Row("+ error feedback", True, True, False, False, False, False, False, False, False, False)
 STEPS = (
     replace(_FEEDBACK, name="round to nearest, fixed width, one scale per channel", coded=False, feedback=False),
     replace(_FEEDBACK, name="+ entropy-aware step", feedback=False),
     _FEEDBACK,
     replace(_FEEDBACK, name="+ column steps and rescaling", columns=True),
-    Row("+ bits by part", use=False, informed=False, weighed=False, trellis=False, pruned=False),
-    Row("+ rows by token use", informed=False, weighed=False, trellis=False, pruned=False),
-    Row("+ layers and rows by Fisher information", weighed=False, trellis=False, pruned=False),
-    Row("+ positions by Fisher information", trellis=False, pruned=False),
-    Row("+ along a trellis", pruned=False),
+    Row("+ bits by part", use=False, informed=False, weighed=False, trellis=False, turned=False, pruned=False),
+    Row("+ rows by token use", informed=False, weighed=False, trellis=False, turned=False, pruned=False),
+    Row("+ layers and rows by Fisher information", weighed=False, trellis=False, turned=False, pruned=False),
+    Row("+ positions by Fisher information", trellis=False, turned=False, pruned=False),
+    Row("+ along a trellis", turned=False, pruned=False),
+    Row("+ heads in another basis", pruned=False),
     Row("+ a vocabulary of the language"),
 )
 TUNED = Row("+ tuning of scales", tuned=True)
@@ -93,6 +98,7 @@ ALONE = (
     Row("all but layers and rows by Fisher information", informed=False),
     Row("all but positions by Fisher information", weighed=False),
     Row("all but the trellis", trellis=False),
+    Row("all but heads in another basis", turned=False),
     Row("all but a vocabulary of the language", pruned=False),
 )
 
@@ -143,6 +149,8 @@ class Bench:
     bits: float
     out: Path
     language: str = "en"
+    shift: float = 0.0  # bits by which the last row's rates were moved to come to the budget
+    measured: dict[bool, dict[str, list[Level]]] = field(default_factory=dict)
 
     @cached_property
     def original(self) -> Model:
@@ -183,7 +191,7 @@ class Bench:
         found = prunings(self.original, observed, judged, ([self.language], []), say)
 
         def expected(choice: Pruning) -> float:
-            levels = allocate(shrunk(self, choice), self.bits * self.weights / 8)
+            levels = allocate(shrunk(self.levels(True), choice, self.original), self.bits * self.weights / 8)
             return choice.kl + sum(level.kl for level in levels.values())
 
         return min(found, key=expected)
@@ -215,22 +223,24 @@ class Bench:
         """The original's log-probabilities on what is held back."""
         return log_probabilities(self.original, self.held)
 
-    @cached_property
-    def levels(self) -> dict[str, list[Level]]:
-        """By part: what each rate costs, as the planner sees it."""
-        observed, judged, _ = self.batches
-        sums = measure_grams(self.original, observed, say)
-        found: dict[str, list[Level]] = {}
-        for level in sensitivity(self.original, sums, judged, self.work / "sensitivity.jsonl", say):
-            found.setdefault(level.part, []).append(level)
-        return {part: levels_between(levels) for part, levels in found.items()}
+    def levels(self, heads: bool) -> dict[str, list[Level]]:
+        """By part: what each rate costs, as the planner sees it, of the original or with its heads turned."""
+        if heads not in self.measured:
+            observed, judged, _ = self.batches
+            model = turned(self.original, observed, 0, self.work / "turned", say) if heads else self.original
+            sums, found = measure_grams(model, observed, say), self.measured.setdefault(heads, {})
+            kept = self.work / ("turned.jsonl" if heads else "sensitivity.jsonl")
+            for level in sensitivity(model, sums, judged, kept, say):
+                found.setdefault(level.part, []).append(level)
+            self.measured[heads] = {part: levels_between(levels) for part, levels in found.items()}
+        return self.measured[heads]
 
 
-def shrunk(bench: Bench, vocabulary: Pruning) -> dict[str, list[Level]]:
+def shrunk(levels: dict[str, list[Level]], vocabulary: Pruning, model: Model) -> dict[str, list[Level]]:
     """The levels of all parts, those of a table in proportion to the rows that stay."""
-    found = dict(bench.levels)
-    for table in bench.original.family.token_tables:
-        part = bench.original.family.part_of(table)
+    found = dict(levels)
+    for table in model.family.token_tables:
+        part = model.family.part_of(table)
         if part is not None:
             found[part.name] = [replace(v, bytes=int(v.bytes * vocabulary.share)) for v in found[part.name]]
     return found
@@ -258,8 +268,11 @@ def steps(bench: Bench, row: Row, shift: float) -> tuple[Step, ...]:
     parts = [p for p in model.family.parts if any(p is model.family.part_of(path) for path in model.layers())]
     tied = {p.name for table, _ in model.family.tied if (p := model.family.part_of(table)) is not None}
     vocabulary = bench.vocabulary if row.pruned else Pruning()
-    levels = allocate(shrunk(bench, vocabulary), bench.bits * bench.weights / 8) if row.allocated else {}
+    known = bench.levels(row.turned)
+    levels = allocate(shrunk(known, vocabulary, model), bench.bits * bench.weights / 8) if row.allocated else {}
     found = [] if vocabulary.step is None else [vocabulary.step]
+    if row.turned:
+        found.append(Step("turn_heads", {}, tuple(path for heads in turnable(model) for path in heads.layers)))
     for part in parts:
         level = levels.get(part.name)
         rate = bench.bits if level is None else level.rate
@@ -276,7 +289,7 @@ def steps(bench: Bench, row: Row, shift: float) -> tuple[Step, ...]:
             config["trellis"] = True
         config["activations"] = "float"
         name = "error_feedback" if row.columns else "feedback_alone" if row.feedback else "round_to_nearest"
-        spread = bench.levels[part.name][0].spread if row.informed and row.coded and rate is not None else {}
+        spread = known[part.name][0].spread if row.informed and row.coded and rate is not None else {}
         found += [
             Step(name, {**config, "rate": min(max((rate or 0) + bits, 1.0), 8.0)}, (path,))
             for path, bits in spread.items()
@@ -289,14 +302,14 @@ def steps(bench: Bench, row: Row, shift: float) -> tuple[Step, ...]:
 def measure(bench: Bench, row: Row) -> dict[str, Any]:
     """A row's numbers: bits are brought to the budget, then the KL is measured."""
     observed = bench.batches[0]
-    shift, bits = 0.0, bench.bits
+    bits = bench.bits
     for _ in range(TRIES if row.coded else 1):
-        shift += bench.bits - bits
-        model, bits = run(bench, steps(bench, replace(row, tuned=False), shift), observed)
+        bench.shift += bench.bits - bits
+        model, bits = run(bench, steps(bench, replace(row, tuned=False), bench.shift), observed)
         if abs(bits - bench.bits) <= NEAR:
             break
     if row.tuned:
-        model, bits = run(bench, steps(bench, row, shift), observed)
+        model, bits = run(bench, steps(bench, row, bench.shift), observed)
     found = losses(bench, row, model)
     tokens = sum(n for _, _, n in found)
     return {
@@ -326,38 +339,15 @@ def run(bench: Bench, made: tuple[Step, ...], observed: Sequence[Batch]) -> tupl
     return model, sum(r.rate * r.parameters for r in records) / bench.weights
 
 
-def times(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, float, float]:
-    """KL of the first over that of the second, with the 95 % interval of a paired bootstrap over recordings."""
-    kl = np.array([[a[0], b[0]] for a, b in zip(first["utterances"], second["utterances"], strict=True)])
-    picks = np.random.default_rng(0).integers(0, len(kl), (10_000, len(kl)))
-    sums = kl[picks].sum(1)
-    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
-    return float(kl[:, 0].sum() / kl[:, 1].sum()), float(low), float(high)
-
-
-def markdown(found: Sequence[dict[str, Any]], alone: Sequence[dict[str, Any]], full: dict[str, Any]) -> str:
-    """The table: each step against the row before it, then each row that lacks one against the one that has all."""
-    lines = ["| | bits/weight | KL per token | top tokens changed | KL, times less than the row before |",
-             "|---|---:|---:|---:|---:|"]  # fmt: skip
-    for before, row in zip([None, *found], found, strict=False):
-        gain = "" if before is None else "{:.2f} [{:.2f}, {:.2f}]".format(*times(before, row))
-        lines.append(f"| {row['name']} | {row['bits']:.2f} | {row['kl']:.5f} | {row['flips']:.2%} | {gain} |")
-    if alone:
-        lines += ["", "| | bits/weight | KL per token | top tokens changed | KL, times that of all steps |",
-                  "|---|---:|---:|---:|---:|"]  # fmt: skip
-    for row in alone:
-        loss = "{:.2f} [{:.2f}, {:.2f}]".format(*times(row, full))
-        lines.append(f"| {row['name']} | {row['bits']:.2f} | {row['kl']:.5f} | {row['flips']:.2%} | {loss} |")
-    return "\n".join(lines) + "\n"
-
-
 def main(say_row: Callable[[str], None] = lambda said: print(said, file=sys.stderr, flush=True)) -> int:
     """Make the table; returns the exit status."""
     parser = argparse.ArgumentParser(description="what each step buys; see the top of this file")
     parser.add_argument("model", help="folder or hub id")
     parser.add_argument("--calibration", type=Path, required=True, help="folder of calibration recordings")
     parser.add_argument("--bits", type=float, default=3.0, help="bits per weight over all layers, scales included")
-    parser.add_argument("--alone", action="store_true", help="also every step left out alone")
+    parser.add_argument(
+        "--alone", nargs="*", metavar="WORD", help="also every step left out alone, or those with a word"
+    )
     parser.add_argument("--tune", action="store_true", help="also tuning of scales: some minutes")
     parser.add_argument("--last", action="store_true", help="of the rows of steps, only the last, which has them all")
     parser.add_argument("-o", "--out", type=Path, required=True)
@@ -370,7 +360,9 @@ def main(say_row: Callable[[str], None] = lambda said: print(said, file=sys.stde
             say_row(f"{row.name} ...")
             found.append(measure(bench, row))
         alone = []
-        for row in ALONE if args.alone else ():
+        for row in ALONE if args.alone is not None else ():
+            if args.alone and not any(word in row.name for word in args.alone):
+                continue
             say_row(f"{row.name} ...")
             alone.append(measure(bench, row))
     except PacklightError as error:

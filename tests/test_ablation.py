@@ -13,7 +13,8 @@ from small_whisper import save_model, save_speech
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import ablation
-from ablation import ALONE, STEPS, Bench, Row, allocate, fixed_width, markdown, steps, times
+from ablation import ALONE, STEPS, Bench, Row, allocate, fixed_width, steps
+from ablation_report import markdown, times
 
 from packlight.data import read_dataset
 from packlight.errors import DataError

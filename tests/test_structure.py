@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("patches", "rows", "viterbi"),
     ("quant", "vocabulary", "vocabulary_*", "families", "families.*", "packing", "windows"),
     ("convolutions", "static", "designing", "narrow_attention"),
-    ("structure", "pruning"),
+    ("structure", "pruning", "turning"),
     ("layers", "training", "distilling"),
     ("listing", "observe", "information", "lessons", "model", "saved_tables", "waves"),
     ("data", "inheriting"),

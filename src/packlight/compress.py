@@ -164,7 +164,7 @@ def compress_(
     context = _config_of(plan, AUDIO_CONTEXT)
     if context is not None:
         shorten_(model, context)
-    restructure_(model, plan, batches, work)
+    restructure_(model, plan, batches, work, progress)
     found = _moved(model, found)
     if original is not None:
         _distill(model, plan, original, batches, work / "distilling", progress)

@@ -24,6 +24,7 @@ from packlight.model import Model
 from packlight.quant import column_steps, find_step
 
 _BATCHES = 16  # of calibration that gradients are taken of, spread over all
+_MORE = 48  # of calibration whose gradients give products of all outputs of a layer, which need more of them
 _PROJECTIONS = 4  # of each batch's vectors
 _AT = 3.5  # bits per weight at which steps of layers are compared: far from where a rate is no longer the log of a step
 _FEW = 8  # positions per input below which their costs, each a single draw, would make Gram matrices of too few
@@ -64,19 +65,51 @@ def row_costs(
     whole = [b for b in batches if family.sides is None or family.reads in b]  # two towers are compared by both
     some = whole if every else whole[:: max(1, -(-len(whole) // _BATCHES))]
     some = some if watched else []
-    draw = torch.Generator().manual_seed(seed)
-    with torch.inference_mode(False), torch.enable_grad(), _gradients(model, watched, sums, counts, calls):
-        for i, batch in enumerate(some):
-            for scalar, last in _said(family, model.module, batch, draw):
-                if scalar.requires_grad:
-                    scalar.backward(retain_graph=not last)
-            if progress:
-                progress("observing gradients", i + 1, len(some))
+    with _gradients(model, watched, sums, counts, calls, family.tables):
+        _backward(model, some, seed, "observing gradients", progress)
     means = {k: v / counts[k] if k.endswith(".use") else v for k, v in sums.items()}
     found = {k: v + _LEAST * v.mean() + 1e-30 if k.endswith(".use") else v for k, v in means.items()}
     joined = {path: torch.cat(each) for path, each in calls.items() if every}
     joined = {path: v for path, v in joined.items() if len(v) >= _FEW * int(watched[path].in_features)}  # type: ignore[arg-type]
     return found | {f"{path}.positions": (v / v.mean().clamp(min=1e-30)).float() for path, v in joined.items()}
+
+
+def output_products(
+    model: Model, batches: Sequence[Batch], paths: Collection[str], seed: int = 0, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """The whole Fisher information of what linear layers give, not only of each output alone.
+
+    Args:
+        model: unchanged afterwards.
+        batches: calibration batches; some of them are taken.
+        paths: of linear layers.
+        seed: of what is drawn.
+        progress: called with (what, done, total).
+
+    Returns:
+        path -> [out, out] float64, the mean of g gᵀ over positions, for layers that any of the batches runs.
+    """
+    family = model.family
+    watched = {path: model.module.get_submodule(path) for path in paths}
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    whole = [b for b in batches if family.sides is None or family.reads in b]
+    some = whole[:: max(1, -(-len(whole) // _MORE))]
+    with _gradients(model, watched, sums, counts, {}, watched):
+        _backward(model, some, seed, "observing gradients of heads", progress)
+    return {path: v / counts[path] for path, v in sums.items()}
+
+
+def _backward(model: Model, batches: Sequence[Batch], seed: int, what: str, progress: Progress | None) -> None:
+    """A gradient of a sample of what the model says, for each batch."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.inference_mode(False), torch.enable_grad():
+        for i, batch in enumerate(batches):
+            for scalar, last in _said(model.family, model.module, batch, draw):
+                if scalar.requires_grad:
+                    scalar.backward(retain_graph=not last)
+            if progress:
+                progress(what, i + 1, len(batches))
 
 
 def bits_between(
@@ -140,21 +173,22 @@ def _gradients(
     sums: dict[str, Tensor],
     counts: dict[str, int],
     calls: dict[str, list[Tensor]],
+    whole: Collection[str],
 ) -> Iterator[None]:
     """Sum up the gradients at the outputs of layers while the context is open; no parameter gets one.
 
-    `calls` gets, for each linear layer and each time that it is called, the sums of g² by position.
+    Of layers in `whole` the sum of g gᵀ, of others that of g²; `calls` gets, for each of these and each time that it is
+    called, the sums of g² by position.
     """
-    tables = model.family.tables
 
     def watch(path: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        name = path if path in tables else f"{path}.use"
+        name = path if path in whole else f"{path}.use"
 
         def keep(call: int, grad: Tensor) -> None:
             rows = grad.detach().reshape(-1, grad.shape[-1])
-            if path not in tables:
+            if path not in whole:
                 calls[path][call] += rows.double().square().sum(1)
-            found = (rows.T @ rows).double() if path in tables else rows.double().square().sum(0)
+            found = (rows.T @ rows).double() if path in whole else rows.double().square().sum(0)
             sums[name] = sums[name] + found if name in sums else found
             counts[name] = counts.get(name, 0) + len(rows)
 

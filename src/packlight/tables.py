@@ -16,6 +16,7 @@ from packlight.techniques.sinusoids import SINUSOIDS
 from packlight.techniques.static_int8 import STATIC_INT8
 from packlight.techniques.student_tower import STUDENT_TOWER
 from packlight.techniques.tune_scales import TUNE_SCALES
+from packlight.techniques.turn_heads import TURN_HEADS
 
 FAMILIES: tuple[Family, ...] = (whisper.FAMILY, dual_encoder.FAMILY)
 
@@ -29,6 +30,7 @@ TECHNIQUES: dict[str, Technique] = {
         STUDENT_TOWER,
         PRUNE_STRUCTURE,
         LOW_RANK,
+        TURN_HEADS,
         DISTILL,
         ROUND_TO_NEAREST,
         ERROR_FEEDBACK,

@@ -129,6 +129,7 @@ _WHOLE = {
     "grouped_convolution": "grouped convolutions",
     "prune_structure": "heads, units and blocks pruned",
     "low_rank": "low rank",
+    "turn_heads": "heads turned",
     "distill": "taught by the original",
     "prune_vocabulary": "vocabulary pruned",
     "tune_scales": "scales tuned",

@@ -5,8 +5,8 @@
 Every row is the row before it and one step more, brought to the same bits per weight over all layers, codes and
 scales. Bits count per weight of the original, so a smaller vocabulary leaves more for the rest. `--alone` adds rows that
 have every step but one, with words only those whose name has one of them; `--tune` adds the tuning of scales; `--last` leaves out the rows before the one that has every
-step. Prints the table and writes it to OUT/ablation.md and OUT/ablation.json; OUT/work keeps finished layers, so a run
-that was cut off goes on.
+step. Prints the table and writes it to OUT/ablation.md and OUT/ablation.json, after every row; OUT/work keeps finished
+layers, so a run that was cut off goes on.
 
 Quality is the KL divergence of the next-token distribution from the original's, per token, teacher-forced with the
 original's own words, on calibration recordings that nothing here has seen: not those that gave the Gram matrices, not
@@ -353,27 +353,23 @@ def main(say_row: Callable[[str], None] = lambda said: print(said, file=sys.stde
     parser.add_argument("-o", "--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(threads_or_all(0))
+    last = len(STEPS) - 1
+    rows = [*STEPS[last if args.last else 0 :], *((TUNED,) if args.tune else ())]
+    without = [r for r in ALONE if args.alone is not None and (not args.alone or any(w in r.name for w in args.alone))]
+    done: list[dict[str, Any]] = []
     try:
         bench = Bench(args.model, read_dataset(args.calibration), args.bits, args.out)
-        found = []
-        for row in (*STEPS[-1 if args.last else 0 :], *((TUNED,) if args.tune else ())):
+        for row in (*rows, *without):
             say_row(f"{row.name} ...")
-            found.append(measure(bench, row))
-        alone = []
-        for row in ALONE if args.alone is not None else ():
-            if args.alone and not any(word in row.name for word in args.alone):
-                continue
-            say_row(f"{row.name} ...")
-            alone.append(measure(bench, row))
+            done.append(measure(bench, row))
+            found, alone = done[: len(rows)], done[len(rows) :]
+            text = markdown(found, alone, done[0 if args.last else min(last, len(done) - 1)])
+            head = {"bits": args.bits, "model": Path(args.model).name}
+            write_json(args.out / "ablation.json", {**head, "rows": found, "alone": alone})
+            (args.out / "ablation.md").write_text(text, encoding="utf-8")
     except PacklightError as error:
         print(error, file=sys.stderr)
         return 2
-    full = found[0 if args.last else len(STEPS) - 1]
-    text = markdown(found, alone, full)
-    write_json(
-        args.out / "ablation.json", {"bits": args.bits, "model": Path(args.model).name, "rows": found, "alone": alone}
-    )
-    (args.out / "ablation.md").write_text(text, encoding="utf-8")
     print(text, end="")
     return 0
 

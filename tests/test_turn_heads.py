@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from packlight import turning
 from packlight.applying import Options, apply
 from packlight.compress import check, compress_
 from packlight.errors import PlanError
@@ -66,6 +67,21 @@ def test_where_no_basis_is_better_the_heads_stay() -> None:
     dead = torch.zeros_like(even)
     found = best_bases([Rows(dead, damped(dead)), Rows(dead, damped(dead), inverse=True)])
     assert torch.isfinite(torch.linalg.inv(found)).all()
+
+
+def test_no_row_is_to_take_more_bits_than_codes_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One direction that all energy is in: without that limit its row would need codes beyond the largest."""
+    mixed = torch.linalg.qr(spread_out(8, 4)[0]).Q
+    energy = mixed @ torch.tensor([1.0] + 7 * [1e-3]).double().diag() @ mixed.T
+    rows = Rows(energy[None], energy[None])
+    same = torch.eye(8, dtype=torch.float64)[None]
+    level = turning._AT - float(turning._bits(rows, same, same).mean())
+    most = []
+    for limit in (turning._MOST, 99.0):
+        monkeypatch.setattr(turning, "_MOST", limit)
+        basis = best_bases([rows])
+        most.append(float((turning._bits(rows, basis, torch.linalg.inv(basis)) + level).max()))
+    assert most[0] < 5.25 < 6 < most[1]
 
 
 def moved(model: Model) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 _AT = 3.5  # bits per weight, on average, that bases are chosen for: rows far below that gain nothing more
+_MOST = 4.75  # bits at which codes of a row come near to the largest there are, so that its steps must grow
 _STEPS, _PACE = 150, 0.02  # of the descent
 _DAMP = 0.2  # share of the mean that is added to costs: of a few hundred words, products of 64 numbers are not exact
 _TINY = 1e-8  # share of the largest below which an energy is taken as rounding
@@ -53,7 +54,7 @@ def best_bases(weights: Sequence[Rows]) -> Tensor:
         weights: at least one that the basis acts on directly, float64.
 
     Returns:
-        A [heads, size, size], invertible; the identity where none was found that is better.
+        A [heads, size, size], invertible; identities where none was found that are better.
     """
     weights = [Rows(_invertible(w.energy), w.cost, w.inverse) for w in weights]
     heads, size = weights[0].energy.shape[:2]
@@ -62,7 +63,8 @@ def best_bases(weights: Sequence[Rows]) -> Tensor:
 
     def rate(basis: Tensor) -> Tensor:
         inverse = torch.linalg.inv(basis)
-        return sum(_above(_bits(w, basis, inverse) + n).mean(1) for w, n in zip(weights, levels, strict=True))  # type: ignore[return-value]
+        each = [_rate(_bits(w, basis, inverse) + n) for w, n in zip(weights, levels, strict=True)]
+        return torch.stack(each).sum()
 
     start = _start(weights)
     with torch.inference_mode(False), torch.enable_grad():
@@ -70,11 +72,10 @@ def best_bases(weights: Sequence[Rows]) -> Tensor:
         descent = torch.optim.Adam([move], lr=_PACE)
         for _ in range(_STEPS):
             descent.zero_grad()
-            rate(move @ start).sum().backward()
+            rate(move @ start).backward()
             descent.step()
     found = (move @ start).detach()
-    better = rate(found) < rate(same)  # false where it is not a number
-    return torch.where(better[:, None, None], found, same)
+    return found if bool(rate(found) < rate(same)) else same
 
 
 def bits(weights: Sequence[Rows], basis: Tensor) -> list[float]:
@@ -93,9 +94,13 @@ def _bits(weight: Rows, basis: Tensor, inverse: Tensor) -> Tensor:
     return 0.5 * (energy * _diagonal(back.mT @ weight.cost @ back)).log2()
 
 
-def _above(bits: Tensor) -> Tensor:
-    """What a row takes that would take so many bits at high rates: never less than none."""
-    return 0.5 * torch.log2(1 + 4**bits)
+def _rate(bits: Tensor) -> Tensor:
+    """Bits per weight for the same loss, of rows [heads, size] that would take so many each at high rates without limits.
+
+    No row takes less than none. One that would take more than `_MOST` has larger steps, so the others need finer ones.
+    """
+    loss = (4 ** (bits - _MOST)).clamp(min=1)
+    return 0.5 * torch.log2(1 + 4 ** bits.clamp(max=_MOST)).mean() + 0.5 * torch.log2(loss.mean())
 
 
 def _start(weights: Sequence[Rows]) -> Tensor:

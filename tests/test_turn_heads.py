@@ -69,19 +69,14 @@ def test_where_no_basis_is_better_the_heads_stay() -> None:
     assert torch.isfinite(torch.linalg.inv(found)).all()
 
 
-def test_no_row_is_to_take_more_bits_than_codes_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One direction that all energy is in: without that limit its row would need codes beyond the largest."""
-    mixed = torch.linalg.qr(spread_out(8, 4)[0]).Q
-    energy = mixed @ torch.tensor([1.0] + 7 * [1e-3]).double().diag() @ mixed.T
-    rows = Rows(energy[None], energy[None])
-    same = torch.eye(8, dtype=torch.float64)[None]
-    level = turning._AT - float(turning._bits(rows, same, same).mean())
-    most = []
-    for limit in (turning._MOST, 99.0):
-        monkeypatch.setattr(turning, "_MOST", limit)
-        basis = best_bases([rows])
-        most.append(float((turning._bits(rows, basis, torch.linalg.inv(basis)) + level).max()))
-    assert most[0] < 5.25 < 6 < most[1]
+def test_no_row_takes_less_than_nothing_or_more_than_codes_hold() -> None:
+    def rate(*rows: float) -> float:
+        return float(turning._rate(torch.tensor([rows]).double()))
+
+    assert rate(4.0, 4.0, 4.0) == pytest.approx(4, abs=0.01)
+    assert rate(2.0, 4.0) == pytest.approx(3, abs=0.05)
+    assert rate(-20.0, 4.0) == pytest.approx(2, abs=0.01)
+    assert rate(0.0, 8.0) > rate(3.5, 4.5) > rate(4.0, 4.0) - 0.01
 
 
 def moved(model: Model) -> list[str]:

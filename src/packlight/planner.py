@@ -266,7 +266,7 @@ def _plan(
 def _turning(model: Model, choice: _Choice) -> list[Step]:
     """The step that turns the heads of attentions that get fewer bits than the finest grid; none where there are none."""
     parts = [p for lv in choice.levels for p in model.family.parts if p.name == lv.part and lv.coarse]
-    paths = [p for heads in turnable(model) for p in heads.layers if model.family.part_of(heads.query) in parts]
+    paths = [p for heads in turnable(model) for p in heads.layers if model.family.part_of(heads.layers[0]) in parts]
     why = "their numbers are turned so that few are strong: fewer bits for the same loss, nothing else changes"
     return [Step("turn_heads", {}, tuple(paths), why)] if paths else []
 

@@ -39,18 +39,15 @@ class TurnHeadsConfig:
 
 @dataclass(frozen=True)
 class Heads:
-    """The layers of an attention, by their paths, and how many heads it has."""
+    """An attention.
 
-    query: str
-    key: str
-    value: str
-    out: str
+    Args:
+        layers: paths of query, key, value and output.
+        count: how many heads it has.
+    """
+
+    layers: tuple[str, ...]
     count: int
-
-    @property
-    def layers(self) -> tuple[str, str, str, str]:
-        """All four."""
-        return self.query, self.key, self.value, self.out
 
 
 def turnable(model: Model) -> list[Heads]:
@@ -68,7 +65,7 @@ def _of_tower(module: nn.Module, tower: Any) -> Iterator[Heads]:
                 continue
             query, key, value, out = layers
             if query.out_features == key.out_features and value.out_features == out.in_features:
-                yield Heads(*paths, count=int(getattr(module.get_submodule(f"{block}.{a.path}"), a.count)))
+                yield Heads((*paths,), int(getattr(module.get_submodule(f"{block}.{a.path}"), a.count)))
 
 
 def check_turn(model: Model, takes: Takes) -> None:
@@ -95,7 +92,7 @@ def turn_heads_(
     Returns:
         paths of the layers that changed. What the batches don't reach stays as it is.
     """
-    wanted = [heads for heads in turnable(model) if takes(model.origin(heads.query))]
+    wanted = [heads for heads in turnable(model) if takes(model.origin(heads.layers[0]))]
     layers = {path: model.module.get_submodule(path) for heads in wanted for path in heads.layers}
     with grams(layers) as inputs:
         costs = output_products(model, batches, [p for h in wanted for p in h.layers[:3]], seed, progress)
@@ -110,23 +107,22 @@ def turn_heads_(
 
 def _turn_(module: nn.Module, heads: Heads, inputs: Mapping[str, Tensor], costs: Mapping[str, Tensor]) -> None:
     query, key, value = (
-        Rows(_energy(module, p, inputs[p], heads.count), damped(_blocks(costs[p], heads.count)), p == heads.query)
+        Rows(_energy(module, p, inputs[p], heads.count), damped(_blocks(costs[p], heads.count)), p == heads.layers[0])
         for p in heads.layers[:3]
     )
-    out: Any = module.get_submodule(heads.out)
+    out: Any = module.get_submodule(heads.layers[3])
     read = Rows(_by_head(out.weight.detach().double().T, heads.count), None, inverse=True)
     scores, values = best_bases([key, query]), best_bases([value, read])
     back = torch.linalg.inv(scores).mT
     even = _diagonal(back @ query.energy @ back.mT) / _diagonal(scores @ key.energy @ scores.mT).clamp(min=1e-300)
     scores = even.clamp(1e-12, 1e12).pow(0.25)[:, :, None] * scores  # queries as large as keys
-    entering = _blocks(inputs[heads.out], heads.count)
+    entering = _blocks(inputs[heads.layers[3]], heads.count)
     even = _diagonal(entering).mean(1, keepdim=True) / _diagonal(values @ entering @ values.mT).clamp(min=1e-300)
     values = (
         even.clamp(1e-12, 1e12).sqrt()[:, :, None] * values
     )  # one range has to hold all that enters the output layer
-    _rows_(module, heads.query, torch.linalg.inv(scores).mT)
-    _rows_(module, heads.key, scores)
-    _rows_(module, heads.value, values)
+    for path, basis in zip(heads.layers, (torch.linalg.inv(scores).mT, scores, values), strict=False):
+        _rows_(module, path, basis)
     whole = torch.block_diag(*torch.linalg.inv(values))
     fill_(out, (out.weight.detach().double() @ whole).float(), None if out.bias is None else out.bias.detach())
 

@@ -49,7 +49,7 @@ from packlight.sensitivity import Level, measure_grams, sensitivity, settings
 from packlight.tables import TECHNIQUES
 from packlight.techniques import Compressed, Stage, Technique
 from packlight.techniques.codes import CodesConfig
-from packlight.techniques.turn_heads import turnable
+from packlight.techniques.turn_heads import worth_turning
 from packlight.token_pruning import old_ids
 
 HELD = 30  # recordings that only judge
@@ -272,7 +272,7 @@ def steps(bench: Bench, row: Row, shift: float) -> tuple[Step, ...]:
     levels = allocate(shrunk(known, vocabulary, model), bench.bits * bench.weights / 8) if row.allocated else {}
     found = [] if vocabulary.step is None else [vocabulary.step]
     if row.turned:
-        found.append(Step("turn_heads", {}, tuple(path for heads in turnable(model) for path in heads.layers)))
+        found.append(Step("turn_heads", {}, tuple(path for heads in worth_turning(model) for path in heads.layers)))
     for part in parts:
         level = levels.get(part.name)
         rate = bench.bits if level is None else level.rate

@@ -18,9 +18,9 @@ from packlight.quant import column_grid, error_feedback
 from packlight.reloading import load
 from packlight.restructuring import turned
 from packlight.serve import open_served
-from packlight.techniques.turn_heads import turn_heads_, turnable
+from packlight.techniques.turn_heads import turn_heads_, turnable, worth_turning
 from packlight.turning import Rows, best_bases, bits, damped
-from small_pruning import ENCODER, batches, fresh, logits
+from small_pruning import DECODER, ENCODER, batches, fresh, logits
 from small_whisper import save_model, save_speech
 
 SELF = f"{ENCODER}.0.self_attn"
@@ -165,10 +165,16 @@ def test_a_copy_is_turned_for_measuring(folder: Path, tmp_path: Path) -> None:
     model = fresh(folder)
     before = {n: p.clone() for n, p in model.module.named_parameters()}
     other = turned(model, batches(6), 0, tmp_path)
+    assert {h.layers[0] for h in worth_turning(model)} == {
+        f"{DECODER}.{i}.{a}.q_proj" for i in (0, 1) for a in ("self_attn", "encoder_attn")
+    }
     assert all(torch.equal(p, before[n]) for n, p in model.module.named_parameters())
-    assert not torch.equal(other.module.get_submodule(f"{SELF}.v_proj").weight, before[f"{SELF}.v_proj.weight"])
+    assert not torch.equal(
+        other.module.get_submodule(f"{DECODER}.1.self_attn.v_proj").weight,
+        before[f"{DECODER}.1.self_attn.v_proj.weight"],
+    )
     again = turned(model, [], 0, tmp_path)  # kept: no samples are needed
-    assert torch.equal(*(m.module.get_submodule(f"{SELF}.v_proj").weight for m in (other, again)))
+    assert torch.equal(*(m.module.get_submodule(f"{DECODER}.1.self_attn.v_proj").weight for m in (other, again)))
 
 
 def test_a_bundle_answers_as_its_model(folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from packlight.sensitivity import Level, Shortened, coded_paths, computed_paths,
 from packlight.target import Target
 from packlight.techniques.audio_context import AudioContextConfig
 from packlight.techniques.audio_context import step as audio_context_step
-from packlight.techniques.turn_heads import turnable
+from packlight.techniques.turn_heads import worth_turning
 from packlight.windows import is_matrix
 
 _FINE = tuple(1.75 + 0.125 * i for i in range(28))  # rates a plan may use
@@ -266,7 +266,9 @@ def _plan(
 def _turning(model: Model, choice: _Choice) -> list[Step]:
     """The step that turns the heads of attentions that get fewer bits than the finest grid; none where there are none."""
     parts = [p for lv in choice.levels for p in model.family.parts if p.name == lv.part and lv.coarse]
-    paths = [p for heads in turnable(model) for p in heads.layers if model.family.part_of(heads.layers[0]) in parts]
+    paths = [
+        p for heads in worth_turning(model) for p in heads.layers if model.family.part_of(heads.layers[0]) in parts
+    ]
     why = "their numbers are turned so that few are strong: fewer bits for the same loss, nothing else changes"
     return [Step("turn_heads", {}, tuple(paths), why)] if paths else []
 

@@ -23,7 +23,7 @@ from packlight.techniques.separable import (
     replace_convolutions_,
 )
 from packlight.techniques.student_tower import STUDENT_TOWER, check_student_tower, settle_, student_tower_
-from packlight.techniques.turn_heads import TURN_HEADS, check_turn, turn_heads_, turnable
+from packlight.techniques.turn_heads import TURN_HEADS, check_turn, turn_heads_, worth_turning
 
 Progress = Callable[[str, int, int], None]
 _CONVOLUTIONS = (SEPARABLE_CONVOLUTION.name, GROUPED_CONVOLUTION.name)
@@ -110,7 +110,7 @@ def turned(model: Model, batches: Sequence[Batch], seed: int, work: Path, progre
         work: folder that keeps the result.
         progress: called with (what, done, total).
     """
-    paths = tuple(path for heads in turnable(model) for path in heads.layers)
+    paths = tuple(path for heads in worth_turning(model) for path in heads.layers)
     if not paths:
         return model
     other = replace(model, module=copy.deepcopy(model.module), edits=[])

@@ -4,9 +4,9 @@
 
 Every row is the row before it and one step more, brought to the same bits per weight over all layers, codes and
 scales. Bits count per weight of the original, so a smaller vocabulary leaves more for the rest. `--alone` adds rows that
-have every step but one, with words only those whose name has one of them; `--tune` adds the tuning of scales; `--last` leaves out the rows before the one that has every
-step. Prints the table and writes it to OUT/ablation.md and OUT/ablation.json, after every row; OUT/work keeps finished
-layers, so a run that was cut off goes on.
+have every step but one, with words only those whose name has one of them; `--tune` adds the tuning of scales; `--last`
+leaves out the rows before the one that has every step. Prints the table and writes it to OUT/ablation.md and
+OUT/ablation.json, after every row; OUT/work keeps finished layers, so a run that was cut off goes on.
 
 Quality is the KL divergence of the next-token distribution from the original's, per token, teacher-forced with the
 original's own words, on calibration recordings that nothing here has seen: not those that gave the Gram matrices, not
@@ -21,7 +21,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,10 @@ from packlight.model import Model
 from packlight.plan import Plan, Step, write_json
 from packlight.planner import levels_between
 from packlight.quant import channel_grid, error_feedback, rate_of
-from packlight.restructuring import turned
 from packlight.sensitivity import Level, measure_grams, sensitivity, settings
 from packlight.tables import TECHNIQUES
 from packlight.techniques import Compressed, Stage, Technique
 from packlight.techniques.codes import CodesConfig
-from packlight.techniques.turn_heads import worth_turning
 from packlight.token_pruning import old_ids
 
 HELD = 30  # recordings that only judge
@@ -70,23 +68,21 @@ class Row:
     informed: bool = True  # bits by layer and steps by row, by the Fisher information of what they give
     weighed: bool = True  # positions in Gram matrices likewise
     trellis: bool = True
-    turned: bool = True  # attention heads
     pruned: bool = True  # the vocabulary, to what the language needs
     tuned: bool = False
 
 
-_FEEDBACK = Row("+ error feedback", True, True, False, False, False, False, False, False, False, False)
+_FEEDBACK = Row("+ error feedback", True, True, False, False, False, False, False, False, False)
 STEPS = (
     replace(_FEEDBACK, name="round to nearest, fixed width, one scale per channel", coded=False, feedback=False),
     replace(_FEEDBACK, name="+ entropy-aware step", feedback=False),
     _FEEDBACK,
     replace(_FEEDBACK, name="+ column steps and rescaling", columns=True),
-    Row("+ bits by part", use=False, informed=False, weighed=False, trellis=False, turned=False, pruned=False),
-    Row("+ rows by token use", informed=False, weighed=False, trellis=False, turned=False, pruned=False),
-    Row("+ layers and rows by Fisher information", weighed=False, trellis=False, turned=False, pruned=False),
-    Row("+ positions by Fisher information", trellis=False, turned=False, pruned=False),
-    Row("+ along a trellis", turned=False, pruned=False),
-    Row("+ heads in another basis", pruned=False),
+    Row("+ bits by part", use=False, informed=False, weighed=False, trellis=False, pruned=False),
+    Row("+ rows by token use", informed=False, weighed=False, trellis=False, pruned=False),
+    Row("+ layers and rows by Fisher information", weighed=False, trellis=False, pruned=False),
+    Row("+ positions by Fisher information", trellis=False, pruned=False),
+    Row("+ along a trellis", pruned=False),
     Row("+ a vocabulary of the language"),
 )
 TUNED = Row("+ tuning of scales", tuned=True)
@@ -98,7 +94,6 @@ ALONE = (
     Row("all but layers and rows by Fisher information", informed=False),
     Row("all but positions by Fisher information", weighed=False),
     Row("all but the trellis", trellis=False),
-    Row("all but heads in another basis", turned=False),
     Row("all but a vocabulary of the language", pruned=False),
 )
 
@@ -150,7 +145,6 @@ class Bench:
     out: Path
     language: str = "en"
     shift: float = 0.0  # bits by which the last row's rates were moved to come to the budget
-    measured: dict[bool, dict[str, list[Level]]] = field(default_factory=dict)
 
     @cached_property
     def original(self) -> Model:
@@ -191,7 +185,7 @@ class Bench:
         found = prunings(self.original, observed, judged, ([self.language], []), say)
 
         def expected(choice: Pruning) -> float:
-            levels = allocate(shrunk(self.levels(True), choice, self.original), self.bits * self.weights / 8)
+            levels = allocate(shrunk(self, choice), self.bits * self.weights / 8)
             return choice.kl + sum(level.kl for level in levels.values())
 
         return min(found, key=expected)
@@ -223,24 +217,22 @@ class Bench:
         """The original's log-probabilities on what is held back."""
         return log_probabilities(self.original, self.held)
 
-    def levels(self, heads: bool) -> dict[str, list[Level]]:
-        """By part: what each rate costs, as the planner sees it, of the original or with its heads turned."""
-        if heads not in self.measured:
-            observed, judged, _ = self.batches
-            model = turned(self.original, observed, 0, self.work / "turned", say) if heads else self.original
-            sums, found = measure_grams(model, observed, say), self.measured.setdefault(heads, {})
-            kept = self.work / ("turned.jsonl" if heads else "sensitivity.jsonl")
-            for level in sensitivity(model, sums, judged, kept, say):
-                found.setdefault(level.part, []).append(level)
-            self.measured[heads] = {part: levels_between(levels) for part, levels in found.items()}
-        return self.measured[heads]
+    @cached_property
+    def levels(self) -> dict[str, list[Level]]:
+        """By part: what each rate costs, as the planner sees it."""
+        observed, judged, _ = self.batches
+        sums = measure_grams(self.original, observed, say)
+        found: dict[str, list[Level]] = {}
+        for level in sensitivity(self.original, sums, judged, self.work / "sensitivity.jsonl", say):
+            found.setdefault(level.part, []).append(level)
+        return {part: levels_between(levels) for part, levels in found.items()}
 
 
-def shrunk(levels: dict[str, list[Level]], vocabulary: Pruning, model: Model) -> dict[str, list[Level]]:
+def shrunk(bench: Bench, vocabulary: Pruning) -> dict[str, list[Level]]:
     """The levels of all parts, those of a table in proportion to the rows that stay."""
-    found = dict(levels)
-    for table in model.family.token_tables:
-        part = model.family.part_of(table)
+    found = dict(bench.levels)
+    for table in bench.original.family.token_tables:
+        part = bench.original.family.part_of(table)
         if part is not None:
             found[part.name] = [replace(v, bytes=int(v.bytes * vocabulary.share)) for v in found[part.name]]
     return found
@@ -268,11 +260,8 @@ def steps(bench: Bench, row: Row, shift: float) -> tuple[Step, ...]:
     parts = [p for p in model.family.parts if any(p is model.family.part_of(path) for path in model.layers())]
     tied = {p.name for table, _ in model.family.tied if (p := model.family.part_of(table)) is not None}
     vocabulary = bench.vocabulary if row.pruned else Pruning()
-    known = bench.levels(row.turned)
-    levels = allocate(shrunk(known, vocabulary, model), bench.bits * bench.weights / 8) if row.allocated else {}
+    levels = allocate(shrunk(bench, vocabulary), bench.bits * bench.weights / 8) if row.allocated else {}
     found = [] if vocabulary.step is None else [vocabulary.step]
-    if row.turned:
-        found.append(Step("turn_heads", {}, tuple(path for heads in worth_turning(model) for path in heads.layers)))
     for part in parts:
         level = levels.get(part.name)
         rate = bench.bits if level is None else level.rate
@@ -289,7 +278,7 @@ def steps(bench: Bench, row: Row, shift: float) -> tuple[Step, ...]:
             config["trellis"] = True
         config["activations"] = "float"
         name = "error_feedback" if row.columns else "feedback_alone" if row.feedback else "round_to_nearest"
-        spread = known[part.name][0].spread if row.informed and row.coded and rate is not None else {}
+        spread = bench.levels[part.name][0].spread if row.informed and row.coded and rate is not None else {}
         found += [
             Step(name, {**config, "rate": min(max((rate or 0) + bits, 1.0), 8.0)}, (path,))
             for path, bits in spread.items()

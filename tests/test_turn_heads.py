@@ -16,11 +16,10 @@ from packlight.model import Model
 from packlight.plan import Plan, Step
 from packlight.quant import column_grid, error_feedback
 from packlight.reloading import load
-from packlight.restructuring import turned
 from packlight.serve import open_served
-from packlight.techniques.turn_heads import turn_heads_, turnable, worth_turning
+from packlight.techniques.turn_heads import turn_heads_, turnable
 from packlight.turning import Rows, best_bases, bits, damped
-from small_pruning import DECODER, ENCODER, batches, fresh, logits
+from small_pruning import ENCODER, batches, fresh, logits
 from small_whisper import save_model, save_speech
 
 SELF = f"{ENCODER}.0.self_attn"
@@ -158,23 +157,24 @@ def test_after_pruning_and_again_from_what_was_kept(folder: Path, tmp_path: Path
         found.append(logits(model, batches()))
     assert (found[1] - found[0]).abs().max() < 1e-4 * found[0].abs().max()
     assert torch.equal(found[2], found[1])
-    assert (tmp_path / "2" / "structure.json").is_file()
+    assert (tmp_path / "2" / "turned.safetensors").is_file()
 
 
-def test_a_copy_is_turned_for_measuring(folder: Path, tmp_path: Path) -> None:
-    model = fresh(folder)
-    before = {n: p.clone() for n, p in model.module.named_parameters()}
-    other = turned(model, batches(6), 0, tmp_path)
-    assert {h.layers[0] for h in worth_turning(model)} == {
-        f"{DECODER}.{i}.{a}.q_proj" for i in (0, 1) for a in ("self_attn", "encoder_attn")
-    }
-    assert all(torch.equal(p, before[n]) for n, p in model.module.named_parameters())
-    assert not torch.equal(
-        other.module.get_submodule(f"{DECODER}.1.self_attn.v_proj").weight,
-        before[f"{DECODER}.1.self_attn.v_proj.weight"],
-    )
-    again = turned(model, [], 0, tmp_path)  # kept: no samples are needed
-    assert torch.equal(*(m.module.get_submodule(f"{DECODER}.1.self_attn.v_proj").weight for m in (other, again)))
+def test_lessons_come_before(folder: Path, tmp_path: Path) -> None:
+    """What is taught is turned: the other way round, the basis would be that of other weights."""
+    lesson = Step("distill", {"epochs": 1, "rate": 1e-3, "filter": False}, ("model.encoder.*",))
+    plan = Plan((lesson, Step("turn_heads", {}, EVERY)), "whisper")
+    found, bases = [], []
+    for steps in (plan.steps[:1], plan.steps):
+        model = fresh(folder)
+        compress_(model, replace(plan, steps=steps), batches(6), tmp_path / str(len(steps)))
+        found.append(logits(model, batches()))
+        bases.append(model.module.get_submodule(f"{SELF}.v_proj").get_parameter("weight").clone())
+    assert (found[1] - found[0]).abs().max() < 1e-4 * found[0].abs().max()
+    taught = fresh(folder)
+    compress_(taught, replace(plan, steps=plan.steps[:1]), batches(6), tmp_path / "1")
+    moved(taught)
+    assert torch.equal(taught.module.get_submodule(f"{SELF}.v_proj").get_parameter("weight"), bases[1])
 
 
 def test_a_bundle_answers_as_its_model(folder: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from packlight.layers import Edit
 from packlight.model import Model
 from packlight.plan import Plan, Step, StepRecord, write_json
 from packlight.quant import bound, distortion
-from packlight.restructuring import check_restructuring, needing_samples, restructure_
+from packlight.restructuring import check_restructuring, needing_samples, restructure_, turn_
 from packlight.tables import TECHNIQUES
 from packlight.techniques import Compressed, Technique
 from packlight.techniques.audio_context import AUDIO_CONTEXT, check_context, shorten_
@@ -164,11 +164,12 @@ def compress_(
     context = _config_of(plan, AUDIO_CONTEXT)
     if context is not None:
         shorten_(model, context)
-    restructure_(model, plan, batches, work, progress)
+    restructure_(model, plan, batches, work)
     found = _moved(model, found)
     if original is not None:
         _distill(model, plan, original, batches, work / "distilling", progress)
         del original
+    turn_(model, plan, batches, work, progress)
     tuning = _config_of(plan, TUNE_SCALES)
     teacher = copy.deepcopy(model.module) if tuning is not None else None
     total = sum(1 for _ in wave_names(model))

@@ -41,7 +41,6 @@ from packlight.planner import front
 from packlight.ranging import with_static
 from packlight.recovering import taught
 from packlight.report import write_report
-from packlight.restructuring import turned
 from packlight.scoring import SCORES
 from packlight.searching import search
 from packlight.sensitivity import Level, activations, contexts, measure_grams, profile, sensitivity
@@ -210,12 +209,11 @@ def make_plans(run: Run) -> tuple[list[Level], list[Plan]]:
     """Measure the sensitivities; returns them, and the plans along the front, each checked."""
     observed, judged = _divided(run)
     kept = run.work / "sensitivity.jsonl"
-    model = turned(run.model, observed, run.options.seed, run.work / "turned", run.progress)
-    sums = measure_grams(model, observed, run.progress)
+    sums = measure_grams(run.model, observed, run.progress)
     unshipped = left_out(run.model) if run.options.freeze else set()
-    levels = [v for v in sensitivity(model, sums, judged, kept, run.progress) if v.part not in unshipped]
-    rounding = activations(model, judged, run.work / "activations.jsonl", run.progress)
-    rounding = with_static(rounding, model, (observed, judged), run.work / "static.jsonl", run.progress)
+    levels = [v for v in sensitivity(run.model, sums, judged, kept, run.progress) if v.part not in unshipped]
+    rounding = activations(run.model, judged, run.work / "activations.jsonl", run.progress)
+    rounding = with_static(rounding, run.model, (observed, judged), run.work / "static.jsonl", run.progress)
     rounding = {part: kl for part, kl in rounding.items() if part not in unshipped}
     wanted = (_languages(run), run.texts) if run.options.prune_vocabulary else ([], [])
     vocabularies = prunings(run.model, observed, judged, wanted, run.progress)

@@ -20,7 +20,6 @@ from packlight.sensitivity import Level, Shortened, coded_paths, computed_paths,
 from packlight.target import Target
 from packlight.techniques.audio_context import AudioContextConfig
 from packlight.techniques.audio_context import step as audio_context_step
-from packlight.techniques.turn_heads import worth_turning
 from packlight.windows import is_matrix
 
 _FINE = tuple(1.75 + 0.125 * i for i in range(28))  # rates a plan may use
@@ -62,7 +61,7 @@ def _along_trellis(level: Level) -> Level:
 
 
 def _has_trellis(level: Level) -> bool:
-    return level.coarse and (level.rate or 0) <= _MOST
+    return level.technique == "error_feedback" and level.rate is not None and level.rate <= _MOST
 
 
 def _between(points: list[tuple[float, Level]], rate: float) -> Level:
@@ -232,7 +231,6 @@ def _plan(
     whole = tuple(path for path, layer in model.layers().items() if not is_matrix(layer) and path not in taken)
     if whole:
         steps.append(Step("float16", {}, whole, "depthwise and grouped convolutions: they are no matrix to code"))
-    steps += _turning(model, choice)
     coded, computed = coded_paths(model), tuple(computed_paths(model))
     if computed:
         steps.append(Step("sinusoids", {}, computed, "positions are sines and cosines: computed at load, no bytes"))
@@ -261,16 +259,6 @@ def _plan(
     kl = choice.kl + sum(loss for _, loss, _ in modes.values())
     expected = {"bytes": float(choice.bytes), "kl": kl}
     return Plan(tuple(steps), model.family.name, origin[0], origin[1], name, expected)
-
-
-def _turning(model: Model, choice: _Choice) -> list[Step]:
-    """The step that turns the heads of attentions that get fewer bits than the finest grid; none where there are none."""
-    parts = [p for lv in choice.levels for p in model.family.parts if p.name == lv.part and lv.coarse]
-    paths = [
-        p for heads in worth_turning(model) for p in heads.layers if model.family.part_of(heads.layers[0]) in parts
-    ]
-    why = "their numbers are turned so that few are strong: fewer bits for the same loss, nothing else changes"
-    return [Step("turn_heads", {}, tuple(paths), why)] if paths else []
 
 
 def _by_rate(level: Level, config: dict[str, Any], reason: str) -> list[Step]:

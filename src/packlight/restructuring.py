@@ -1,11 +1,12 @@
 """Change the structure of a model as its plan says, before anything is quantized, and keep that for a later call."""
 
-import copy
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from packlight.errors import PlanError
 from packlight.families import Batch
@@ -23,7 +24,7 @@ from packlight.techniques.separable import (
     replace_convolutions_,
 )
 from packlight.techniques.student_tower import STUDENT_TOWER, check_student_tower, settle_, student_tower_
-from packlight.techniques.turn_heads import TURN_HEADS, check_turn, turn_heads_, worth_turning
+from packlight.techniques.turn_heads import TURN_HEADS, check_turn, turn_heads_
 
 Progress = Callable[[str, int, int], None]
 _CONVOLUTIONS = (SEPARABLE_CONVOLUTION.name, GROUPED_CONVOLUTION.name)
@@ -52,21 +53,18 @@ def needing_samples(plan: Plan) -> set[str]:
     return {s.technique for s in whole if getattr(_config(s), "feedback", True)}
 
 
-def restructure_(
-    model: Model, plan: Plan, batches: Sequence[Batch], work: Path, progress: Progress | None = None
-) -> None:
-    """Design the vision tower anew, replace convolutions, prune the structure, factor layers, turn heads as the plan says, in place.
+def restructure_(model: Model, plan: Plan, batches: Sequence[Batch], work: Path) -> None:
+    """Design the vision tower anew, replace convolutions, prune the structure and factor layers where the plan says so, in place.
 
     Args:
         model: not yet quantized.
         plan: checked.
         batches: calibration batches.
         work: folder that keeps the result, which a later call with the same plan takes up.
-        progress: called with (what, done, total).
     """
     convolving, pruning, factoring = _convolving(plan), _step(plan, PRUNE_STRUCTURE.name), _step(plan, LOW_RANK.name)
-    designing, turning = _step(plan, STUDENT_TOWER.name), _step(plan, TURN_HEADS.name)
-    if not convolving and pruning is factoring is designing is turning is None:
+    designing = _step(plan, STUDENT_TOWER.name)
+    if not convolving and pruning is None and factoring is None and designing is None:
         return
     from safetensors.torch import load_file, save_file
 
@@ -90,35 +88,40 @@ def restructure_(
         notes = low_rank_(model, _config(factoring), factoring.takes, batches)
         taken = [note["path"] for note in notes if not note["skipped"]]
         changed = [p for p in changed if p not in taken] + [f"{p}.{i}" for p in taken for i in (0, 1)]
-    if turning is not None:
-        turned = turn_heads_(model, turning.takes, batches, plan.seed, progress)
-        changed = list(dict.fromkeys([*changed, *turned]))
-    states = {p: model.module.get_submodule(p).state_dict() for p in changed}
-    tensors = {f"{p}.{n}": w.detach().contiguous() for p, state in states.items() for n, w in state.items()}
-    save_file(tensors, work / "structure.safetensors")
+    save_file(_state_of(model, changed), work / "structure.safetensors")
     edits = [asdict(e) for e in model.edits[before:]]
     write_json(done, {"edits": edits, "convolutions": replaced, "low_rank": notes})
 
 
-def turned(model: Model, batches: Sequence[Batch], seed: int, work: Path, progress: Progress | None = None) -> Model:
-    """The model as plans will have it that turn its heads: what sensitivities are measured on. The model itself stays.
+def turn_(model: Model, plan: Plan, batches: Sequence[Batch], work: Path, progress: Progress | None = None) -> None:
+    """Turn heads where the plan says so, in place: after lessons, which change what is to be turned.
 
     Args:
-        model: not edited.
+        model: not yet quantized.
+        plan: checked.
         batches: calibration batches.
-        seed: as plans will have it.
-        work: folder that keeps the result.
+        work: folder that keeps the result, which a later call with the same plan takes up.
         progress: called with (what, done, total).
     """
-    paths = tuple(path for heads in worth_turning(model) for path in heads.layers)
-    if not paths:
-        return model
-    other = replace(model, module=copy.deepcopy(model.module), edits=[])
-    work.mkdir(parents=True, exist_ok=True)
-    restructure_(
-        other, Plan((Step(TURN_HEADS.name, {}, paths),), model.family.name, seed=seed), batches, work, progress
-    )
-    return other
+    step = _step(plan, TURN_HEADS.name)
+    if step is None:
+        return
+    from safetensors.torch import load_file, save_file
+
+    kept = work / "turned.safetensors"
+    if kept.is_file():
+        model.module.load_state_dict(load_file(kept), strict=False)
+        return
+    changed = turn_heads_(model, step.takes, batches, plan.seed, progress)
+    draft = kept.with_suffix(".part")
+    save_file(_state_of(model, changed), draft)
+    draft.rename(kept)
+
+
+def _state_of(model: Model, paths: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of these layers, by name."""
+    states = {path: model.module.get_submodule(path).state_dict() for path in paths}
+    return {f"{path}.{name}": w.detach().contiguous() for path, state in states.items() for name, w in state.items()}
 
 
 def _check_designing(plan: Plan, model: Model, step: Step) -> None:

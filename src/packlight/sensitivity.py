@@ -48,11 +48,6 @@ class Level:
     spread: dict[str, float] = field(default_factory=dict)
 
     @property
-    def coarse(self) -> bool:
-        """Whether it has fewer bits than the finest grid."""
-        return self.technique == "error_feedback" and self.rate is not None
-
-    @property
     def rates(self) -> dict[str, float]:
         """Bits per weight of each layer in `spread`, in steps of an eighth."""
         assert self.rate is not None or not self.spread

@@ -42,7 +42,7 @@ class Rows:
 
 def damped(cost: Tensor) -> Tensor:
     """Costs [heads, size, size] with some of their mean added to the diagonal, so that none is 0."""
-    mean = cost.diagonal(dim1=1, dim2=2).mean(1)
+    mean = diagonals(cost).mean(1)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     return cost + _DAMP * mean[:, None, None] * torch.eye(cost.shape[-1], dtype=cost.dtype)
 
@@ -87,11 +87,11 @@ def bits(weights: Sequence[Rows], basis: Tensor) -> list[float]:
 def _bits(weight: Rows, basis: Tensor, inverse: Tensor) -> Tensor:
     """[heads, size]."""
     own, back = (inverse.mT, basis.mT) if weight.inverse else (basis, inverse)
-    energy = _diagonal(own @ weight.energy @ own.mT)
+    energy = diagonals(own @ weight.energy @ own.mT)
     if weight.cost is None:
         volume = torch.linalg.slogdet(back)[1] / back.shape[-1]
         return 0.5 * energy.log2() + volume[:, None] / torch.log(torch.tensor(2.0, dtype=energy.dtype))
-    return 0.5 * (energy * _diagonal(back.mT @ weight.cost @ back)).log2()
+    return 0.5 * (energy * diagonals(back.mT @ weight.cost @ back)).log2()
 
 
 def _rate(bits: Tensor) -> Tensor:
@@ -119,13 +119,14 @@ def _start(weights: Sequence[Rows]) -> Tensor:
 
 def _even(matrix: Tensor) -> Tensor:
     """With the mean 1 on its diagonal."""
-    return matrix / _diagonal(matrix).mean(1).clamp(min=1e-300)[:, None, None]
+    return matrix / diagonals(matrix).mean(1).clamp(min=1e-300)[:, None, None]
 
 
 def _invertible(energy: Tensor) -> Tensor:
-    mean = _diagonal(energy).mean(1).clamp(min=1e-30)
+    mean = diagonals(energy).mean(1).clamp(min=1e-30)
     return energy + _TINY * mean[:, None, None] * torch.eye(energy.shape[-1], dtype=energy.dtype)
 
 
-def _diagonal(matrix: Tensor) -> Tensor:
+def diagonals(matrix: Tensor) -> Tensor:
+    """[heads, size] of [heads, size, size]."""
     return matrix.diagonal(dim1=1, dim2=2)

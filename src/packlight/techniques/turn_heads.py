@@ -2,10 +2,10 @@
 
 Queries with keys, and values with the output layer, may be multiplied by any matrix and its inverse. In the basis that a
 model was trained to, each number of a head is as strong as any other. In the best one few are strong and the others take
-hardly any bits: a third of a bit per weight of an attention less in the file for the same loss, at no cost when it runs.
+hardly any bits, at no cost when it runs.
 
-When to use: before `error_feedback` at a rate, in towers that write word by word. When not: with the finest grid or
-floats, where bits are no matter; encoders, where nothing was gained.
+When to use: before `error_feedback` at 3 bits or less, in towers that write word by word, with many calibration samples.
+When not: with the finest grid, whose error grows by it; in encoders, where nothing was gained. `fit` doesn't take it.
 
 Which basis: see `packlight.turning`.
 """
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from packlight.errors import PlanError
-from packlight.families import Batch
+from packlight.families import Batch, Tower
 from packlight.information import output_products
 from packlight.model import Model
 from packlight.observe import grams
 from packlight.quant import column_steps
 from packlight.structure import blocks_of, fill_
 from packlight.techniques import Stage, Technique
-from packlight.turning import Rows, best_bases, damped
+from packlight.turning import Rows, best_bases, damped, diagonals
 
 NAME = "turn_heads"
 _DAMP = 0.01  # of Gram matrices, as error feedback has it by default
@@ -56,17 +56,7 @@ def turnable(model: Model) -> list[Heads]:
     return [heads for tower in model.family.towers for heads in _of_tower(model.module, tower)]
 
 
-def worth_turning(model: Model) -> list[Heads]:
-    """Those that gain by it, as measured: of towers that write word by word.
-
-    An encoder's positions cost unlike each other in other directions, which costs and energies taken apart don't see:
-    there the bits saved and the loss added are the same.
-    """
-    blocks = tuple(f"{tower.blocks}." for tower in model.family.towers if tower.stepwise and tower.blocks)
-    return [heads for heads in turnable(model) if blocks and heads.layers[0].startswith(blocks)]
-
-
-def _of_tower(module: nn.Module, tower: Any) -> Iterator[Heads]:
+def _of_tower(module: nn.Module, tower: Tower) -> Iterator[Heads]:
     for i in range(blocks_of(module, tower)):
         block = f"{tower.blocks}.{i}"
         for a in tower.attentions:
@@ -125,13 +115,12 @@ def _turn_(module: nn.Module, heads: Heads, inputs: Mapping[str, Tensor], costs:
     read = Rows(_by_head(out.weight.detach().double().T, heads.count), None, inverse=True)
     scores, values = best_bases([key, query]), best_bases([value, read])
     back = torch.linalg.inv(scores).mT
-    even = _diagonal(back @ query.energy @ back.mT) / _diagonal(scores @ key.energy @ scores.mT).clamp(min=1e-300)
+    even = diagonals(back @ query.energy @ back.mT) / diagonals(scores @ key.energy @ scores.mT).clamp(min=1e-300)
     scores = even.clamp(1e-12, 1e12).pow(0.25)[:, :, None] * scores  # queries as large as keys
     entering = _blocks(inputs[heads.layers[3]], heads.count)
-    even = _diagonal(entering).mean(1, keepdim=True) / _diagonal(values @ entering @ values.mT).clamp(min=1e-300)
-    values = (
-        even.clamp(1e-12, 1e12).sqrt()[:, :, None] * values
-    )  # one range has to hold all that enters the output layer
+    even = diagonals(entering).mean(1, keepdim=True) / diagonals(values @ entering @ values.mT).clamp(min=1e-300)
+    # One range has to hold all that enters the output layer.
+    values = even.clamp(1e-12, 1e12).sqrt()[:, :, None] * values
     for path, basis in zip(heads.layers, (torch.linalg.inv(scores).mT, scores, values), strict=False):
         _rows_(module, path, basis)
     whole = torch.block_diag(*torch.linalg.inv(values))
@@ -161,10 +150,6 @@ def _blocks(matrix: Tensor, count: int) -> Tensor:
     """The part of each head on the diagonal, [heads, size, size]."""
     size = len(matrix) // count
     return matrix.double().view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-
-
-def _diagonal(matrix: Tensor) -> Tensor:
-    return matrix.diagonal(dim1=1, dim2=2)
 
 
 TURN_HEADS = Technique(

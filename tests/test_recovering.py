@@ -1,12 +1,14 @@
 """Which plans can be taught, and how: by what their steps took away."""
 
+from dataclasses import replace
+
 import pytest
 
 from packlight.compress import check
 from packlight.loading import load
 from packlight.model import Model
 from packlight.plan import Plan, Step
-from packlight.recovering import lesson, taught
+from packlight.recovering import lesson, taught, unrounded
 from small_whisper import save_model
 
 FLOATS = Step("float16", {}, ("*",))
@@ -42,3 +44,16 @@ def test_a_plan_that_took_nothing_away_or_is_taught_already_has_nothing_to_learn
     assert steps(model, FINE) == []
     assert steps(model, SHORT, lesson(model, ("encoder",), "before")) == []
     assert steps(model, SHORT, samples=10) == []
+
+
+def test_float_activations_change_nothing_else(model: Model) -> None:
+    steps = [replace(s, config={**s.config, "activations": a}) for s, a in ((FINE, "int8"), (COARSE, "int8_rows"))]
+    plan = Plan((*steps, FLOATS), name="t07", expected={"bytes": 5.0})
+    (found,) = unrounded(plan)
+    check(found, model, "given")
+    assert found.name == "e07" and found.expected == plan.expected
+    assert [s.config.get("activations") for s in found.steps] == ["float", "float", None]
+    assert [{**s.config, "activations": 0} for s in found.steps] == [{**s.config, "activations": 0} for s in plan.steps]
+    assert all("because t07 lost too much" in s.reason for s in found.steps[:2])
+    assert unrounded(found) == []  # nothing is left to give
+    assert unrounded(Plan((*steps, Step("static_int8", {}, ("*conv?",)), FLOATS), name="t07")) == []

@@ -70,6 +70,21 @@ def test_without_lessons_slower_plans_that_lose_less_come_next() -> None:
     assert tried(FRONT, {"p03": ["drop"], "f02": ["drop"]}) == ["p03", "f02", "f01"]
 
 
+def test_float_activations_come_after_lessons_in_the_same_bytes() -> None:
+    missed = {"p02": ["drop"], "t02": ["drop"]}
+    assert tried(FRONT, missed, size=26, derived=("t", "e")) == ["p02", "t02", "e02"]
+    assert tried(FRONT, missed, size=26, derived=("e",)) == ["p02", "e02"]
+    assert tried(FRONT, {"p03": ["latency"]}, derived=("e",)) == ["p03"]  # they are slower
+    missed = {"p03": ["drop"], "e03": ["latency"]}
+    assert tried(FRONT, missed, derived=("e",)) == ["p03", "e03"]  # and so is what is left
+
+
+def test_a_smaller_plan_is_no_remedy_for_a_missed_drop() -> None:
+    """What is tried then is larger: the user learns which size would keep the drop."""
+    missed = {name: ["drop"] for name in ("p01", "p02", "t02")} | {"p03": ["size"]}
+    assert tried(FRONT, missed, size=26, derived=("t",)) == ["p02", "t02", "p03"]
+
+
 def test_nothing_more_is_tried_where_all_that_is_left_is_slower() -> None:
     assert tried(FRONT, {"p03": ["latency"]}) == ["p03"]
     assert tried(FRONT, {"p03": ["memory"]}) == ["p03"]

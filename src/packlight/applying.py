@@ -228,6 +228,6 @@ def apply(
     batches: list[Batch] = []
     if dataset is not None:
         batches = plan_batches(loaded, plan, dataset, options, work, progress)
-    records = compress_(loaded, plan, batches, work / "waves", progress)
+    records = compress_(loaded, plan, batches, work / "waves", progress, work / "costs")
     deploy(loaded, plan, records, out / "bundle", options.language, options.task)
     return out / "bundle"

@@ -6,6 +6,7 @@ first block, each block, and last the layers after all towers (the head).
 """
 
 import copy
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -143,7 +144,12 @@ def _is_tied(module: nn.Module, table: str, head: str) -> bool:
 
 
 def compress_(
-    model: Model, plan: Plan, batches: Sequence[Batch], work: Path, progress: Progress | None = None
+    model: Model,
+    plan: Plan,
+    batches: Sequence[Batch],
+    work: Path,
+    progress: Progress | None = None,
+    shared: Path | None = None,
 ) -> list[StepRecord]:
     """Carry out a plan on a model, in place.
 
@@ -153,6 +159,7 @@ def compress_(
         batches: calibration batches, in a fixed order.
         work: folder that keeps finished waves; a later call with the same plan goes on after them.
         progress: called with (what, done, total).
+        shared: folder for what plans that quantize the same model from the same batches have in common, or None.
 
     Returns:
         a record per layer.
@@ -187,7 +194,7 @@ def compress_(
         ranged = {path for path, a in found.items() if "ranges" in a.technique.needs}
         seen_by = batches[:: max(1, len(batches) * model.family.group // _SEEN)] if need else []
         kept = all((work / f"wave_{number:03d}.json").is_file() for number in range(total))  # nothing is measured then
-        costs, weights = ({}, {}) if kept else _costs(model, found, (batches, seen_by), plan.seed, progress)
+        costs, weights = ({}, {}) if kept else _costs(model, plan, found, (batches, seen_by), shared, progress)
         for number, (layers, sums) in enumerate(waves(model, seen_by, ranged=ranged, weights=weights)):
             measure = partial(_with_costs, costs, layers, sums)
             records += _wave(model, layers, measure, found, tied, work / f"wave_{number:03d}")
@@ -243,24 +250,48 @@ def _distill(
 
 def _costs(
     model: Model,
+    plan: Plan,
     found: dict[str, Assignment],
     batches: tuple[Sequence[Batch], Sequence[Batch]],
-    seed: int,
+    shared: Path | None,
     progress: Progress | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What errors cost where a layer's settings ask for it, and what positions count in Gram matrices.
 
     `batches` are all, and those that Gram matrices are taken of.
     """
+    from safetensors.torch import load_file, save_file
+
     asking = {path: a.config for path, a in found.items() if "use" in a.technique.needs}
     paths = {path for path, config in asking.items() if config.use or config.positions}
     every = any(config.positions for config in asking.values())
     if not paths or not batches[0]:
         return {}, {}
-    costs = row_costs(model, batches[1 if every else 0], paths, seed, progress, every)
+    some = batches[1 if every else 0]
+    kept = None if shared is None else shared / f"{_same(model, plan, some, (sorted(paths), every))}.safetensors"
+    if kept is not None and kept.is_file():
+        costs = load_file(kept, str(next(model.module.parameters()).device))
+    else:
+        costs = row_costs(model, some, paths, plan.seed, progress, every)
+    if kept is not None and not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_file(costs, kept.with_suffix(".part"))
+        kept.with_suffix(".part").rename(kept)
     shares = {path: config.positions for path, config in asking.items() if f"{path}.positions" in costs}
     weights = {p: 1 - share + share * costs.pop(f"{p}.positions") for p, share in shares.items()}
     return costs, {path: w for path, w in weights.items() if shares[path]}
+
+
+def _same(model: Model, plan: Plan, batches: Sequence[Batch], asked: tuple[list[str], bool]) -> str:
+    """Sha256 of all that costs depend on: the model as it is to be quantized, what it reads, what is asked for."""
+    whole = [s for s in plan.steps if TECHNIQUES[s.technique].layer is None and s.technique != TUNE_SCALES.name]
+    steps = [[s.technique, s.config, s.scope] for s in whole]
+    digest = hashlib.sha256(json.dumps([steps, plan.seed, *asked], sort_keys=True).encode())
+    for tensors in (model.module.state_dict(), *batches):
+        for name, tensor in tensors.items():
+            digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _with_costs(costs: dict[str, Tensor], paths: list[str], measure: Measure) -> dict[str, Tensor]:

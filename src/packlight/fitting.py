@@ -39,7 +39,7 @@ from packlight.model import Model
 from packlight.plan import Plan, append_line, write_json
 from packlight.planner import front
 from packlight.ranging import with_static
-from packlight.recovering import taught
+from packlight.recovering import taught, unrounded
 from packlight.report import write_report
 from packlight.scoring import SCORES
 from packlight.searching import search
@@ -254,7 +254,9 @@ def _search(run: Run, plans: list[Plan]) -> list[dict[str, Any]]:
         return found
 
     def derive(kind: str, plan: Plan, outcome: dict[str, Any]) -> list[Plan]:
-        return _lighter(run, plan, outcome) if kind == "s" else taught(run.model, plan, run.calibration.n)
+        if kind == "s":
+            return _lighter(run, plan, outcome)
+        return taught(run.model, plan, run.calibration.n) if kind == "t" else unrounded(plan)
 
     outcomes, run.overhead = search(plans, attempt, derive, run.target, run.overhead)
     return outcomes
@@ -302,7 +304,8 @@ def build(run: Run, plan: Plan) -> Built:
     write_json(folder / "plan.json", plan.to_dict())  # of every plan that was tried, not only of the one that is taken
     fresh = load(run.model.source.path, trust_remote_code=run.options.trust_remote_code)
     given = plan_batches(run.model, plan, run.calibration, run.options, run.work, run.progress)
-    records = compress_(fresh, plan, given, run.work / rounding(run.model, plan).key[:12] / "waves", _named(run, plan))
+    waves = run.work / rounding(run.model, plan).key[:12] / "waves"
+    records = compress_(fresh, plan, given, waves, _named(run, plan), run.work / "costs")
     whole = folder / "whole" if run.options.freeze else bundle
     if not is_bundle(whole):
         deploy(fresh, plan, records, whole, run.options.language, run.options.task)

@@ -1,4 +1,4 @@
-"""A plan that is taught, where one loses too much: the same steps, and the original shows what it would have done.
+"""What helps a plan that loses too much, in the same bytes: to be taught by the original, then float activations.
 
 Where a plan shortens the context or takes operations out, the towers concerned learn to give the original's states
 before they are quantized; where it rounds weights to few bits, scales, norms and biases are tuned afterwards.
@@ -48,3 +48,19 @@ def taught(model: Model, plan: Plan, samples: int) -> list[Plan]:
     if rates and min(rates) < _FEW_BITS:
         steps.append(Step(TUNE_SCALES, {}, ("*",), f"{plan.name} lost too much: scales, norms and biases are tuned"))
     return [replace(plan, steps=tuple(steps), name=f"t{plan.name[1:]}")] if len(steps) > len(plan.steps) else []
+
+
+def unrounded(plan: Plan) -> list[Plan]:
+    """The plan with float activations, named e for exact: slower, in the same bytes; none where it rounds no activations.
+
+    Nor is there one where convolutions have fixed ranges: those are there for a latency, which floats would miss.
+    """
+    rounded = [s for s in plan.steps if s.config.get("activations") in ("int8", "int8_rows")]
+    if not rounded or any(s.technique == "static_int8" for s in plan.steps):
+        return []
+    why = f"float activations, because {plan.name} lost too much with 8-bit ones"
+    steps = (
+        replace(s, config={**s.config, "activations": "float"}, reason=f"{s.reason}; {why}") if s in rounded else s
+        for s in plan.steps
+    )
+    return [replace(plan, steps=tuple(steps), name=f"e{plan.name[1:]}")]

@@ -8,7 +8,7 @@ from packlight.target import Target
 
 Outcome = dict[str, Any]
 TRIES = 6
-_MENDED = ("s", "t")  # made from a plan that missed: its bytes beside the weights say nothing of the others
+_MENDED = ("s", "t", "e")  # made from a plan that missed: its bytes beside the weights say nothing of the others
 
 
 def search(
@@ -21,10 +21,10 @@ def search(
     """Try plans until one meets the target, or until none is left that could.
 
     Args:
-        plans: those of the front: p, c with a shorter context, f with float activations; what is derived joins them.
+        plans: those of the front: p, c with a shorter context, f with all in floats; what is derived joins them.
         attempt: carries a plan out and measures it: 'size' in bytes and 'missed', the names of what it missed.
         derive: (kind, a plan that missed, its outcome) -> plans that may mend that: 's' has fewer operations, for a
-            missed latency; 't' is taught by the original, for a missed drop.
+            missed latency; 't' is taught by the original, and 'e' has exact activations, for a missed drop.
         target: its size bounds what is tried.
         overhead: bytes of a bundle beside its weights, as far as known.
 
@@ -48,12 +48,14 @@ def search(
         return sorted(fits, key=lambda p: -p.expected["bytes"])
 
     # The best quality that fits, a larger one where there was room. Too slow: with a shorter context, then with fewer
-    # operations; only the drop missed: taught by the original; then slower plans that lose less; last the next smaller.
-    kinds = ["p", "c", "s", "t", "f", "f", "p"]
+    # operations; only the drop missed: taught by the original, then with exact activations; then larger ones in floats;
+    # last the next smaller, unless it is the drop that is missed.
+    kinds = ["p", "c", "s", "t", "e", "f", "f", "p"]
     missed, last = ["latency"], plans[0]
     while kinds and len(tried) < TRIES:
         kind = kinds[0]
-        due = {"c": "latency" in missed, "s": "latency" in missed, "t": missed == ["drop"]}.get(kind, True)
+        slow, lossy = "latency" in missed, missed == ["drop"]
+        due = {"c": slow, "s": slow, "t": lossy, "e": lossy}.get(kind, len(kinds) > 1 or not lossy)
         if due and tried and kind in _MENDED:
             plans += [p for p in derive(kind, last, tried[last.name]) if p.name not in {q.name for q in plans}]
         left = fitting(kind) if due else []
@@ -62,7 +64,7 @@ def search(
             missed = run(last)["missed"]
             if not missed:
                 return list(tried.values()), overhead
-        elif tried and kind == "t" and "drop" not in missed:
+        if tried and kind == ("e" if left else "t") and "drop" not in missed:
             break  # every plan that is left is larger or slower
         roomy = missed == ["drop"] and kind not in _MENDED and _larger(fitting(kind), last)
         if not left or not ("size" in missed or roomy):  # what turned out too large gives way to the next smaller

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from packlight import compress
 from packlight.compress import check, compress_
 from packlight.errors import BundleError, PlanError
 from packlight.families import Batch, Graph, whisper
+from packlight.information import row_costs
 from packlight.layers import CodeLinear
 from packlight.model import Model, Source
 from packlight.observe import grams
@@ -142,6 +144,34 @@ def test_a_run_stopped_after_a_wave_ends_like_one_that_was_not(tmp_path: Path) -
     expected, got = whole.module.state_dict(), resumed.module.state_dict()
     assert expected.keys() == got.keys()
     assert [name for name, tensor in expected.items() if not torch.equal(tensor, got[name])] == []
+
+
+def test_plans_of_one_model_share_what_errors_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+
+    def counted(*args: Any) -> dict[str, torch.Tensor]:
+        measured.append(1)
+        return row_costs(*args)
+
+    monkeypatch.setattr(compress, "row_costs", counted)
+
+    def run(name: str, batches: list[Batch], shared: bool = True, other: bool = False, **config: Any) -> Model:
+        model = fresh()
+        if other:
+            next(model.module.parameters()).data[0] += 0.1
+        step = Step("error_feedback", {"rate": 3.0, "use": 0.5, "positions": 0.5, **config}, CODES.scope)
+        compress_(model, Plan((step, REST)), batches, tmp_path / name, None, tmp_path / "costs" if shared else None)
+        return model
+
+    batches = calibration()
+    run("first", batches)
+    taken = run("second", batches, activations="float")
+    assert len(measured) == 1  # the same model, the same samples
+    alone = run("alone", batches, shared=False, activations="float").module.state_dict()
+    assert [n for n, t in taken.module.state_dict().items() if not torch.equal(t, alone[n])] == []
+    run("changed", batches, other=True)
+    run("fewer", batches[:1])
+    assert len(measured) == 4  # another model, other samples: their costs are their own
 
 
 def test_error_feedback_distorts_less_than_rounding_at_the_same_rate(tmp_path: Path) -> None:

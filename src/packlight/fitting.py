@@ -83,7 +83,7 @@ class Run:
     batches: list[Batch] = field(default_factory=list)
     before: list[list[int]] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)  # of the evaluation samples
-    overhead: int = 240_000  # bytes of a bundle beside what plans expect, until one was measured
+    overhead: int = 200_000  # bytes of a bundle beside what plans expect, until one was measured
 
 
 def fit(

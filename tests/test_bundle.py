@@ -1,5 +1,6 @@
 """A bundle is there whole or not at all, and is refused when it is not what it claims to be."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from packlight.bundle import MANIFEST, VERSION, Bundle, is_bundle, open_bundle, verify, write_bundle
+from packlight.bundle import HISTORY, MANIFEST, VERSION, Bundle, is_bundle, open_bundle, verify, write_bundle
 from packlight.errors import BundleError
 
 VALUES: dict[str, Any] = {
@@ -39,8 +40,8 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_a_written_bundle_verifies_and_counts_all_its_bytes(bundle: Bundle) -> None:
     verify(open_bundle(bundle.path))
     assert bundle.manifest["version"] == VERSION
-    assert sorted(bundle.manifest["files"]) == ["encoder.onnx", "weights.safetensors"]
-    assert bundle.size == 100 + 256 + (bundle.path / MANIFEST).stat().st_size
+    assert sorted(bundle.manifest["files"]) == ["encoder.onnx", HISTORY, "weights.safetensors"]
+    assert bundle.size == 100 + 256 + sum((bundle.path / name).stat().st_size for name in (MANIFEST, HISTORY))
 
 
 def test_the_same_content_gives_the_same_bytes(bundle: Bundle, tmp_path: Path) -> None:
@@ -112,10 +113,50 @@ def test_open_refuses_a_newer_version_and_says_what_to_do(bundle: Bundle) -> Non
         open_bundle(bundle.path)
 
 
-@pytest.mark.parametrize("key", ["version", "family", "task", "runtime", "graphs", "serving", "plan", "files"])
+@pytest.mark.parametrize("key", ["version", "family", "task", "runtime", "graphs", "serving", "files"])
 def test_open_refuses_a_manifest_without_a_key(bundle: Bundle, key: str) -> None:
     change_manifest(bundle.path, lambda m: m.pop(key))
     with pytest.raises(BundleError, match=key):
+        open_bundle(bundle.path)
+
+
+def test_what_answering_has_no_use_for_is_packed_and_comes_back(tmp_path: Path) -> None:
+    told = {
+        "plan": {"steps": [{"reason": "because " * 40}] * 60},
+        "records": [{"path": f"layer {i}"} for i in range(9)],
+    }
+    made = write_bundle(tmp_path / "out", VALUES | told, fill)
+    assert {k: made.manifest[k] for k in told} == told
+    inside = json.loads((made.path / MANIFEST).read_text())
+    assert not {"plan", "records", "model"} & inside.keys() and inside["serving"] == {}
+    assert (made.path / HISTORY).stat().st_size < 600
+    change_manifest(made.path, lambda m: (m.update(told), m["files"].pop(HISTORY)))  # as bundles were before
+    (made.path / HISTORY).unlink()
+    verify(open_bundle(made.path))
+    assert open_bundle(made.path).manifest["plan"] == told["plan"]
+
+
+@pytest.mark.parametrize(
+    ("packed", "words"),
+    [
+        (gzip.compress(b" " * 2**26 + b"{}"), "unpacks to more than"),
+        (gzip.compress(b"{}"), "has no plan"),
+        (gzip.compress(b"[]"), "is no JSON object"),
+        (gzip.compress(b'{"plan": {}}')[:9], "no readable JSON"),
+        (b"no gzip", "no readable JSON"),
+        (None, "no readable JSON"),
+    ],
+)
+def test_open_refuses_a_history_that_is_none(bundle: Bundle, packed: bytes | None, words: str) -> None:
+    (bundle.path / HISTORY).unlink() if packed is None else (bundle.path / HISTORY).write_bytes(packed)
+    with pytest.raises(BundleError, match=words):
+        open_bundle(bundle.path)
+
+
+def test_open_refuses_a_history_that_is_a_link(bundle: Bundle, tmp_path: Path) -> None:
+    (bundle.path / HISTORY).rename(tmp_path / "elsewhere")
+    (bundle.path / HISTORY).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="is a link"):
         open_bundle(bundle.path)
 
 
@@ -163,7 +204,7 @@ def test_write_replaces_an_older_bundle_whole(bundle: Bundle) -> None:
         (folder / "encoder.onnx").write_bytes(b"new")
 
     verify(write_bundle(bundle.path, VALUES, other))
-    assert sorted(content(bundle.path)) == ["encoder.onnx", MANIFEST]
+    assert sorted(content(bundle.path)) == ["encoder.onnx", HISTORY, MANIFEST]
 
 
 def test_write_takes_an_empty_folder(tmp_path: Path) -> None:

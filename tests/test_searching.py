@@ -24,14 +24,22 @@ def tried(
     size: int | None = None,
     derived: tuple[str, ...] = (),
     guess: int = 0,
+    larger: int = 0,
 ) -> list[str]:
-    """Names of the plans that a search tries when these miss something; others meet the target."""
+    """Names of the plans that a search tries when these miss something; others meet the target.
+
+    Plans named e03 take `larger` bytes more than expected.
+    """
 
     def derive(kind: str, base: Plan, outcome: dict[str, object]) -> list[Plan]:
         return [replace(base, name=f"{kind}{base.name[1:]}")] if kind in derived else []
 
     def attempt(one: Plan) -> dict[str, object]:
-        return {"plan": one.name, "size": int(one.expected["bytes"]) + BESIDE, "missed": misses.get(one.name, [])}
+        return {
+            "plan": one.name,
+            "size": int(one.expected["bytes"]) + BESIDE + larger * (one.name == "e03"),
+            "missed": misses.get(one.name, []),
+        }
 
     found, beside = search(list(plans), attempt, derive, Target(size=size, drop=0.01), guess)
     assert beside == BESIDE
@@ -77,6 +85,12 @@ def test_float_activations_come_after_lessons_in_the_same_bytes() -> None:
     assert tried(FRONT, {"p03": ["latency"]}, derived=("e",)) == ["p03"]  # they are slower
     missed = {"p03": ["drop"], "e03": ["latency"]}
     assert tried(FRONT, missed, derived=("e",)) == ["p03", "e03"]  # and so is what is left
+
+
+def test_exact_activations_that_take_more_bytes_give_way_to_those_of_a_smaller_plan() -> None:
+    missed = {"p03": ["drop"], "t03": ["drop"], "e03": ["size"]}
+    assert tried(FRONT, missed, size=35, derived=("t", "e"), larger=3) == ["p03", "t03", "e03", "e02"]
+    assert tried(FRONT, missed, size=35, derived=("t", "e"), larger=12) == ["p03", "t03", "e03", "e01"]
 
 
 def test_a_smaller_plan_is_no_remedy_for_a_missed_drop() -> None:

@@ -1,12 +1,15 @@
 """The deployed folder: write it, read it, refuse it when it is not what it claims to be. No torch.
 
 A bundle is a flat folder: `manifest.json` and the files that it names, nothing else. The manifest is written last,
-so a folder without one was never finished. docs/reference/bundle.md has the format in MUST and MAY words.
+so a folder without one was never finished. What answering has no use for, as the plan, is packed beside it.
+docs/reference/bundle.md has the format in MUST and MAY words.
 """
 
+import gzip
 import hashlib
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +20,10 @@ from packlight.plan import write_json
 
 VERSION = 3  # 2: a tokenizer without merges; 3: codes along a trellis, positions by their formula
 MANIFEST = "manifest.json"
-_KEYS = ("version", "packlight", "family", "task", "source", "runtime", "graphs", "serving", "plan", "files")
+_KEYS = ("version", "packlight", "family", "task", "source", "runtime", "graphs", "serving", "files")
 _MAX_MANIFEST = 64 * 2**20
+HISTORY = "history.json.gz"
+_PACKED = ("plan", "records", "model")  # some 60 kB for Whisper tiny.en, of which one tenth is left
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,9 @@ def write_bundle(path: Path, manifest: dict[str, Any], fill: Callable[[Path], No
     draft.mkdir(parents=True)
     try:
         fill(draft)
+        history = json.dumps({k: manifest[k] for k in _PACKED if k in manifest}, ensure_ascii=False)
+        (draft / HISTORY).write_bytes(gzip.compress(history.encode("utf-8"), 9, mtime=0))
+        manifest = {k: v for k, v in manifest.items() if k not in _PACKED}
         files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in sorted(draft.iterdir())}
         write_json(draft / MANIFEST, {"version": VERSION, **manifest, "files": files})
         if path.exists():
@@ -81,10 +89,10 @@ def write_bundle(path: Path, manifest: dict[str, Any], fill: Callable[[Path], No
 
 
 def open_bundle(path: Path) -> Bundle:
-    """Read the manifest and check that it names only files inside this folder.
+    """Read the manifest, with what is packed beside it, and check that it names only files inside this folder.
 
     Raises:
-        BundleError: no folder, no manifest, a newer version, a missing key, an unsafe name.
+        BundleError: no folder, no manifest, a newer version, a missing key, an unsafe name, a history that can't be read.
     """
     if not path.is_dir():
         raise BundleError(f"There is no folder {path}.")
@@ -93,11 +101,8 @@ def open_bundle(path: Path) -> Bundle:
         raise BundleError(f"{path} has no {MANIFEST}, so it is no bundle, or one whose writing never finished.")
     if file.stat().st_size > _MAX_MANIFEST:
         raise BundleError(f"{file} has {file.stat().st_size} bytes; no manifest of ours is that large.")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BundleError(f"{file} is no readable JSON ({error}).") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("version"), int):
+    manifest = _json(file, lambda: file.read_bytes())
+    if not isinstance(manifest.get("version"), int):
         raise BundleError(f"{file} does not say which version of the format it has.")
     if manifest["version"] > VERSION:
         raise BundleError(
@@ -107,7 +112,32 @@ def open_bundle(path: Path) -> Bundle:
     if missing:
         raise BundleError(f"{file} lacks {', '.join(missing)}.")
     _check_names(path, manifest)
+    if HISTORY in manifest["files"]:  # not in bundles of earlier versions
+        history = _json(path / HISTORY, lambda: _unpacked(path / HISTORY))
+        manifest |= {key: history[key] for key in _PACKED if key in history}
+    if "plan" not in manifest:
+        raise BundleError(f"{path} has no plan, neither in {MANIFEST} nor in {HISTORY}.")
     return Bundle(path, manifest)
+
+
+def _json(file: Path, read: Callable[[], bytes]) -> dict[str, Any]:
+    try:
+        found = json.loads(read().decode("utf-8"))
+    except (OSError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BundleError(f"{file} is no readable JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise BundleError(f"{file} is no JSON object.")
+    return found
+
+
+def _unpacked(file: Path) -> bytes:
+    """The content of a gzip file from a stranger, however much it claims to be."""
+    if file.is_symlink() or file.stat().st_size > _MAX_MANIFEST:
+        raise BundleError(f"{file} is a link or larger than any of ours.")
+    found = zlib.decompressobj(31).decompress(file.read_bytes(), _MAX_MANIFEST)
+    if len(found) == _MAX_MANIFEST:
+        raise BundleError(f"{file} unpacks to more than {_MAX_MANIFEST} bytes; none of ours does.")
+    return found
 
 
 def _check_names(path: Path, manifest: dict[str, Any]) -> None:

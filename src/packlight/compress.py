@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 _SEEN = 640  # samples from which on a Gram matrix no longer changes by much: of lessons every so many batches
 
+_IDLE = "The %s tower is rounded without error feedback: no calibration sample runs it. Give samples for every tower."
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -186,14 +188,10 @@ def compress_(
     tied = {head: table for table, head in model.family.tied if _is_tied(model.module, table, head)}
     with torch.inference_mode(False), torch.no_grad():
         for tower in _unexercised(model, batches if need else []):
-            log.warning(
-                "Calibration has not exercised the %s tower: its weights are rounded without error feedback. Give "
-                "samples for every tower, pictures or sounds with texts.",
-                tower,
-            )
+            log.warning(_IDLE, tower)
         ranged = {path for path, a in found.items() if "ranges" in a.technique.needs}
         seen_by = batches[:: max(1, len(batches) * model.family.group // _SEEN)] if need else []
-        kept = all((work / f"wave_{number:03d}.json").is_file() for number in range(total))  # nothing is measured then
+        kept = all((work / f"wave_{i:03d}.json").is_file() for i in range(total))  # nothing is measured then
         costs, weights = ({}, {}) if kept else _costs(model, plan, found, (batches, seen_by), shared, progress)
         for number, (layers, sums) in enumerate(waves(model, seen_by, ranged=ranged, weights=weights)):
             measure = partial(_with_costs, costs, layers, sums)
@@ -207,7 +205,7 @@ def compress_(
 
 
 def _unexercised(model: Model, batches: Sequence[Batch]) -> list[str]:
-    """Names of the towers that no batch runs; it looks no further than the batch with which all have been."""
+    """Names of the towers that no batch runs; the last one read is that with which all have been."""
     left = silent(model, batches[:1])
     for batch in batches[1:]:
         if not left:
@@ -273,10 +271,10 @@ def _costs(
         costs = load_file(kept, str(next(model.module.parameters()).device))
     else:
         costs = row_costs(model, some, paths, plan.seed, progress, every)
-    if kept is not None and not kept.is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        save_file(costs, kept.with_suffix(".part"))
-        kept.with_suffix(".part").rename(kept)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            save_file(costs, kept.with_suffix(".part"))
+            kept.with_suffix(".part").rename(kept)
     shares = {path: config.positions for path, config in asking.items() if f"{path}.positions" in costs}
     weights = {p: 1 - share + share * costs.pop(f"{p}.positions") for p, share in shares.items()}
     return costs, {path: w for path, w in weights.items() if shares[path]}

@@ -34,8 +34,8 @@ def deploy(
 
     Args:
         model: after `compress_`.
-        plan: what was done to it; goes into the manifest.
-        records: a row per layer; go into the manifest.
+        plan: what was done to it; goes into the bundle's history.
+        records: a row per layer; go into the bundle's history.
         path: the bundle's folder.
         language: default language of a multilingual model, None to detect it.
         task: default task.
@@ -107,7 +107,7 @@ def _card(model: Model, plan: Plan) -> str:
         f"---\nlicense: {model.source.licence}\nbase_model: {model.source.name}\n---\n\n"
         f"# {model.source.name}, compressed by packlight\n\nRun it: `pip install packlight`, then "
         f"`packlight run THIS_FOLDER {model.family.usage}`. Check it: `packlight verify THIS_FOLDER`.\n\n"
-        f"## Plan\n\nThe whole of it is in `manifest.json`.\n\n{steps}\n"
+        f"## Plan\n\nThe whole of it is in `history.json.gz`.\n\n{steps}\n"
     )
 
 

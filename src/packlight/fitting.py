@@ -83,7 +83,7 @@ class Run:
     batches: list[Batch] = field(default_factory=list)
     before: list[list[int]] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)  # of the evaluation samples
-    overhead: int = 200_000  # bytes of a bundle beside what plans expect, until one was measured
+    overhead: int = 145_000  # bytes of a bundle beside what plans expect, until one was measured
 
 
 def fit(
@@ -256,7 +256,8 @@ def _search(run: Run, plans: list[Plan]) -> list[dict[str, Any]]:
     def derive(kind: str, plan: Plan, outcome: dict[str, Any]) -> list[Plan]:
         if kind == "s":
             return _lighter(run, plan, outcome)
-        return taught(run.model, plan, run.calibration.n) if kind == "t" else unrounded(plan)
+        lessons = taught(run.model, plan, run.calibration.n)
+        return lessons if kind == "t" else unrounded(lessons[0] if lessons else plan)
 
     outcomes, run.overhead = search(plans, attempt, derive, run.target, run.overhead)
     return outcomes

@@ -23,8 +23,8 @@ def search(
     Args:
         plans: those of the front: p, c with a shorter context, f with all in floats; what is derived joins them.
         attempt: carries a plan out and measures it: 'size' in bytes and 'missed', the names of what it missed.
-        derive: (kind, a plan that missed, its outcome) -> plans that may mend that: 's' has fewer operations, for a
-            missed latency; 't' is taught by the original, and 'e' has exact activations, for a missed drop.
+        derive: (kind, a plan, the outcome of one that missed) -> plans that may mend that: 's' has fewer operations,
+            for a missed latency; 't' is taught by the original, 'e' too, with exact activations, for a missed drop.
         target: its size bounds what is tried.
         overhead: bytes of a bundle beside its weights, as far as known.
 
@@ -48,31 +48,41 @@ def search(
         return sorted(fits, key=lambda p: -p.expected["bytes"])
 
     # The best quality that fits, a larger one where there was room. Too slow: with a shorter context, then with fewer
-    # operations; only the drop missed: taught by the original, then with exact activations; then larger ones in floats;
-    # last the next smaller, unless it is the drop that is missed.
+    # operations. Only the drop missed: taught, then exact activations, then floats. Else the next smaller.
     kinds = ["p", "c", "s", "t", "e", "f", "f", "p"]
     missed, last = ["latency"], plans[0]
     while kinds and len(tried) < TRIES:
         kind = kinds[0]
-        slow, lossy = "latency" in missed, missed == ["drop"]
-        due = {"c": slow, "s": slow, "t": lossy, "e": lossy}.get(kind, len(kinds) > 1 or not lossy)
-        if due and tried and kind in _MENDED:
-            plans += [p for p in derive(kind, last, tried[last.name]) if p.name not in {q.name for q in plans}]
+        again = kind == last.name[0] == "e" and "size" in missed  # other integers take other bytes
+        if (due := again or _due(kind, missed, len(kinds) == 1)) and tried and kind in _MENDED:
+            base = _smaller(plans, last, tried[last.name]["size"] - (target.size or 0)) if again else last
+            plans += [p for p in derive(kind, base, tried[last.name]) if p.name not in {q.name for q in plans}]
         left = fitting(kind) if due else []
         if left:
             last = left[0]
             missed = run(last)["missed"]
             if not missed:
                 return list(tried.values()), overhead
-        if tried and kind == ("e" if left else "t") and "drop" not in missed:
+        if tried and kind == ("e" if left else "t") and "drop" not in missed and not (left and "size" in missed):
             break  # every plan that is left is larger or slower
         roomy = missed == ["drop"] and kind not in _MENDED and _larger(fitting(kind), last)
         if not left or not ("size" in missed or roomy):  # what turned out too large gives way to the next smaller
             kinds.pop(0)
-    if tried and set(missed) <= {"latency", "memory"}:
-        return list(tried.values()), overhead
-    _least(plans, run, lambda: len(tried) < TRIES)
+    if not tried or not set(missed) <= {"latency", "memory"}:
+        _least(plans, run, lambda: len(tried) < TRIES)
     return list(tried.values()), overhead
+
+
+def _due(kind: str, missed: list[str], end: bool) -> bool:
+    """Whether plans of this kind may mend what was missed."""
+    slow, lossy = "latency" in missed, missed == ["drop"]
+    return {"c": slow, "s": slow, "t": lossy, "e": lossy}.get(kind, not (end and lossy))
+
+
+def _smaller(plans: list[Plan], than: Plan, excess: int) -> Plan:
+    """The largest plan of the front that should take so many bytes less, or the smallest that there is."""
+    front = sorted((p for p in plans if p.name[0] == "p"), key=lambda p: p.expected["bytes"])
+    return next((p for p in reversed(front) if p.expected["bytes"] <= than.expected["bytes"] - excess), front[0])
 
 
 def _larger(plans: list[Plan], than: Plan) -> bool:

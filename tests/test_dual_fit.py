@@ -145,6 +145,7 @@ def test_frozen_classes_rank_as_the_bundle_that_they_were_taken_from(road, tmp_p
     made = freeze(whole, labels, tmp_path / "frozen", ("a photo of the {}", "{}"))
     assert {f.name for f in made.path.iterdir()} == {
         "manifest.json",
+        "history.json.gz",
         "image.onnx.gz",
         "weights.safetensors",
         "README.md",

@@ -164,6 +164,7 @@ def test_labels_of_sounds_are_asked_as_sounds_and_frozen(road, tmp_path):
     assert made.manifest["serving"]["templates"] == ["This is a sound of {}."]
     assert {f.name for f in made.path.iterdir()} == {
         "manifest.json",
+        "history.json.gz",
         "audio.onnx.gz",
         "weights.safetensors",
         "README.md",

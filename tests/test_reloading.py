@@ -1,5 +1,7 @@
 """From a bundle back to PyTorch: the same logits by packlight.load, and folders that transformers loads unchanged."""
 
+import gzip
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from torch import Tensor
 
 import packlight
 import small_dual
-from packlight.bundle import MANIFEST, open_bundle
+from packlight.bundle import HISTORY, MANIFEST, open_bundle
 from packlight.compress import compress_
 from packlight.deploy import deploy
 from packlight.errors import BundleError
@@ -238,14 +240,23 @@ def coded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(tmp_path_factory.mktemp("hostile"), "codes")[1]
 
 
+def rewritten(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change what the manifest and the history say, and pack it again as the writer does."""
+    values = open_bundle(bundle).manifest
+    change(values)
+    packed = {key: values.pop(key) for key in ("plan", "records", "model") if key in values}
+    data = gzip.compress(json.dumps(packed).encode())
+    (bundle / HISTORY).write_bytes(data)
+    values["files"][HISTORY] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (bundle / MANIFEST).write_text(json.dumps(values))
+
+
 @pytest.mark.parametrize("name", list(HOSTILE))
 def test_hostile_manifests_are_refused(coded: Path, tmp_path: Path, name: str) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(coded, bundle)
-    values = json.loads((bundle / MANIFEST).read_text())
     change, words = HOSTILE[name]
-    change(values["model"])
-    (bundle / MANIFEST).write_text(json.dumps(values))
+    rewritten(bundle, lambda values: change(values["model"]))
     with pytest.raises(BundleError, match=words):
         packlight.load(str(bundle))
 
@@ -253,9 +264,7 @@ def test_hostile_manifests_are_refused(coded: Path, tmp_path: Path, name: str) -
 def test_a_bundle_without_a_description_says_so(coded: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(coded, bundle)
-    values = json.loads((bundle / MANIFEST).read_text())
-    del values["model"], values["reload"]
-    (bundle / MANIFEST).write_text(json.dumps(values))
+    rewritten(bundle, lambda values: (values.pop("model"), values.pop("reload")))
     with pytest.raises(BundleError, match="holds no description"):
         packlight.load(str(bundle))
     open_served(bundle, 1)  # it still runs

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 _SEEN = 640  # samples from which on a Gram matrix no longer changes by much: of lessons every so many batches
 
-_IDLE = "The %s tower is rounded without error feedback: no calibration sample runs it. Give samples for every tower."
+_IDLE = "Calibration has not exercised the %s tower: no error feedback there. Give samples for every tower."
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import soundfile
 
 import packlight
 from packlight.bundle import open_bundle, verify
+from packlight.terminal import sentence
 from small_whisper import save_model, save_speech
 
 pytest.importorskip("torch")
@@ -102,6 +103,13 @@ def test_a_full_disk_is_a_sentence(road: tuple[Path, Path, Path], small_disk: Pa
         say("fit", model, "--data", data, "--max-size", "2MB", "-o", small_disk / "fit"), "MB free; this fit needs"
     )
     assert not (small_disk / "fit").exists()
+
+
+def test_a_disk_that_is_full_while_a_folder_is_copied_is_a_sentence() -> None:
+    why = "[Errno 28] No space left on device: 'work/bundle/weights.safetensors' -> 'bundle.part/weights.safetensors'"
+    said = sentence(shutil.Error([("work/bundle/weights.safetensors", "bundle.part/weights.safetensors", why)]))
+    assert "No space left on device. Make room" in said
+    assert sentence(shutil.Error("of another kind")) == ""
 
 
 def without_rights() -> tuple[str, ...]:

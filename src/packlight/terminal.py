@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -63,9 +64,10 @@ def sentence(error: Exception) -> str:
         return str(error)
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _FITTING:
         return f"this needs {error.name}: pip install 'packlight[fit]'"
-    # safetensors writes with Rust, whose message has the number of the system's error in it.
-    rust = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    number = int(rust[1]) if rust else error.errno if isinstance(error, OSError) else None
+    # safetensors writes with Rust, and `shutil` copies many files: their messages have the system's number in them.
+    telling = type(error).__name__ == "SafetensorError" or isinstance(error, shutil.Error)
+    told = re.search(r"(?:\(os error |\[Errno )(\d+)[)\]]", str(error)) if telling else None
+    number = int(told[1]) if told else error.errno if isinstance(error, OSError) else None
     if number is None:
         return ""
     where = getattr(error, "filename", None) or "a file of the results"

@@ -22,8 +22,8 @@ from packlight.techniques.audio_context import AudioContextConfig
 from packlight.techniques.audio_context import step as audio_context_step
 from packlight.windows import is_matrix
 
-# Rates a plan may use: an eighth of a bit of a vocabulary table would be 2 % of a small bundle, left empty or overrun.
-_FINE = tuple(1.75 + 0.03125 * i for i in range(112))
+# Rates a plan may use. An eighth of a bit of a vocabulary table would be 2 % of a small bundle, left empty or overrun.
+_FINE = (*(1.75 + i / 32 for i in range(72)), *(4 + i / 8 for i in range(10)))
 _GAP = 0.004  # plans on the front lie at least this far apart in bytes
 # KL per token that a byte may cost; the first asks for the least KL, whatever its bytes.
 _PRICES = (0.0, *(10 ** (-11 + 0.01 * i) for i in range(800)))

@@ -54,6 +54,6 @@ def test_float_activations_change_nothing_else(model: Model) -> None:
     assert found.name == "e07" and found.expected == plan.expected
     assert [s.config.get("activations") for s in found.steps] == ["float", "float", None]
     assert [{**s.config, "activations": 0} for s in found.steps] == [{**s.config, "activations": 0} for s in plan.steps]
-    assert all("because t07 lost too much" in s.reason for s in found.steps[:2])
+    assert all("the drop was missed: float activations" in s.reason for s in found.steps[:2])
     assert unrounded(found) == []  # nothing is left to give
     assert unrounded(Plan((*steps, Step("static_int8", {}, ("*conv?",)), FLOATS), name="t07")) == []

@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 _KEYS = ("version", "packlight", "family", "task", "source", "runtime", "graphs", "serving", "files")
 _MAX_MANIFEST = 64 * 2**20
 HISTORY = "history.json.gz"
-_PACKED = ("plan", "records", "model")  # some 60 kB for Whisper tiny.en, of which one tenth is left
+_PACKED = ("plan", "records", "model")  # 68 kB for Whisper tiny.en at 12 MB, 10 kB packed
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def open_bundle(path: Path) -> Bundle:
         raise BundleError(f"{path} has no {MANIFEST}, so it is no bundle, or one whose writing never finished.")
     if file.stat().st_size > _MAX_MANIFEST:
         raise BundleError(f"{file} has {file.stat().st_size} bytes; no manifest of ours is that large.")
-    manifest = _json(file, lambda: file.read_bytes())
+    manifest = _json(file, file.read_bytes)
     if not isinstance(manifest.get("version"), int):
         raise BundleError(f"{file} does not say which version of the format it has.")
     if manifest["version"] > VERSION:

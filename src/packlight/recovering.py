@@ -43,10 +43,10 @@ def taught(model: Model, plan: Plan, samples: int) -> list[Plan]:
     steps = list(plan.steps)
     if any(stage <= Stage.PRUNE for name, stage in stages.items() if name != PRUNE_VOCABULARY):
         first = model.family.towers[0].name
-        steps.append(lesson(model, (first,), f"{plan.name} lost too much: the original teaches the {first}"))
+        steps.append(lesson(model, (first,), f"the drop was missed: the original teaches the {first}"))
     rates = [rate for s in plan.steps if isinstance(rate := s.config.get("rate"), float | int)]
     if rates and min(rates) < _FEW_BITS:
-        steps.append(Step(TUNE_SCALES, {}, ("*",), f"{plan.name} lost too much: scales, norms and biases are tuned"))
+        steps.append(Step(TUNE_SCALES, {}, ("*",), "the drop was missed: scales, norms and biases are tuned"))
     return [replace(plan, steps=tuple(steps), name=f"t{plan.name[1:]}")] if len(steps) > len(plan.steps) else []
 
 
@@ -58,9 +58,9 @@ def unrounded(plan: Plan) -> list[Plan]:
     rounded = [s for s in plan.steps if s.config.get("activations") in ("int8", "int8_rows")]
     if not rounded or any(s.technique == "static_int8" for s in plan.steps):
         return []
-    why = f"float activations, because {plan.name} lost too much with 8-bit ones"
+    floats = {"activations": "float"}
+    why = "the drop was missed: float activations instead"
     steps = (
-        replace(s, config={**s.config, "activations": "float"}, reason=f"{s.reason}; {why}") if s in rounded else s
-        for s in plan.steps
+        replace(s, config=s.config | floats, reason=f"{s.reason}; {why}") if s in rounded else s for s in plan.steps
     )
     return [replace(plan, steps=tuple(steps), name=f"e{plan.name[1:]}")]

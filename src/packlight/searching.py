@@ -54,17 +54,17 @@ def search(
     while kinds and len(tried) < TRIES:
         kind = kinds[0]
         again = kind == last.name[0] == "e" and "size" in missed  # other integers take other bytes
-        if (due := again or _due(kind, missed, len(kinds) == 1)) and tried and kind in _MENDED:
+        due = again or _due(kind, missed, len(kinds) == 1)
+        if due and tried and kind in _MENDED:
             base = _smaller(plans, last, tried[last.name]["size"] - (target.size or 0)) if again else last
             plans += [p for p in derive(kind, base, tried[last.name]) if p.name not in {q.name for q in plans}]
         left = fitting(kind) if due else []
         if left:
             last = left[0]
-            missed = run(last)["missed"]
-            if not missed:
+            if not (missed := run(last)["missed"]):
                 return list(tried.values()), overhead
-        if tried and kind == ("e" if left else "t") and "drop" not in missed and not (left and "size" in missed):
-            break  # every plan that is left is larger or slower
+        if tried and _slower_left(kind, bool(left), missed):
+            break
         roomy = missed == ["drop"] and kind not in _MENDED and _larger(fitting(kind), last)
         if not left or not ("size" in missed or roomy):  # what turned out too large gives way to the next smaller
             kinds.pop(0)
@@ -77,6 +77,11 @@ def _due(kind: str, missed: list[str], end: bool) -> bool:
     """Whether plans of this kind may mend what was missed."""
     slow, lossy = "latency" in missed, missed == ["drop"]
     return {"c": slow, "s": slow, "t": lossy, "e": lossy}.get(kind, not (end and lossy))
+
+
+def _slower_left(kind: str, ran: bool, missed: list[str]) -> bool:
+    """Whether every plan that is left is larger or slower than one of this kind, which loses little enough."""
+    return "drop" not in missed and ((kind == "t" and not ran) or (kind == "e" and ran and "size" not in missed))
 
 
 def _smaller(plans: list[Plan], than: Plan, excess: int) -> Plan:

@@ -124,7 +124,7 @@ def _json(file: Path, read: Callable[[], bytes]) -> dict[str, Any]:
     try:
         found = json.loads(read().decode("utf-8"))
     except (OSError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BundleError(f"{file} is no readable JSON ({error}).") from None
+        raise BundleError(f"{file} is no readable JSON ({error}). Get the bundle again from its source.") from None
     if not isinstance(found, dict):
         raise BundleError(f"{file} is no JSON object.")
     return found
